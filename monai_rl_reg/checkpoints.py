@@ -1,0 +1,155 @@
+"""Checkpoints that survive a kill, the random state inside them, and where a run leaves its output."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine
+from monai.handlers import CheckpointLoader, CheckpointSaver
+from torch import Tensor
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.nifti import replacing
+
+
+class SafeCheckpointSaver(CheckpointSaver):
+    """MONAI's CheckpointSaver with files that are written beside and moved into place.
+
+    MONAI's own writes in place, so that a kill while saving leaves half a file, and removes the best model before it
+    writes the better one. It can also be saved itself, so that a resumed training knows the best score so far.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for checkpoint in (self._final_checkpoint, self._key_metric_checkpoint, self._interval_checkpoint):
+            if checkpoint is not None:
+                saver: Any = checkpoint.save_handler
+                saver._atomic = True
+                if saver.filename is not None:
+                    saver.remove = lambda filename: None
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this engine, and save its counters as ``trainer`` where checkpoints are for resuming."""
+        if self._interval_checkpoint is not None:
+            self.save_dict["trainer"] = engine
+        super().attach(engine)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`load_state_dict` takes: the best scores so far."""
+        return dict(self._key_metric_checkpoint.state_dict()) if self._key_metric_checkpoint is not None else {}
+
+
+class ResumeTraining(CheckpointLoader):
+    """Go on from the newest checkpoint of a run, or start afresh, saying so, where it has none yet.
+
+    Args:
+        folder: the run's output folder.
+        load_dict: what was saved, without the trainer, which is added here.
+        map_location: as in :func:`torch.load`.
+    """
+
+    def __init__(self, folder: str, load_dict: dict[str, Any], map_location: Any = None) -> None:
+        self.folder = folder
+        super().__init__(latest_checkpoint(folder) or "", dict(load_dict), map_location=map_location)
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this trainer."""
+        if not self.load_path:
+            print(f"No checkpoint in {self.folder} yet: starting from the beginning")
+            return
+        self.load_dict["trainer"] = engine
+        super().attach(engine)
+        print(f"Resuming from {self.load_path}")
+
+
+class RandomState:
+    """The random generators' states as something that a checkpoint can hold (and load with ``weights_only``)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of Python's, numpy's and torch's generators."""
+        version, python, gauss = random.getstate()
+        numpy = np.random.get_state()
+        state = {
+            "python": [version, list(python), gauss],
+            "numpy": [str(numpy[0]), torch.from_numpy(np.asarray(numpy[1]).astype(np.int64)), *map(float, numpy[2:])],
+            "torch": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the generators to these states."""
+        version, python, gauss = state["python"]
+        random.setstate((version, tuple(python), gauss))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+        torch.set_rng_state(state["torch"].cpu())
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
+    """Make the output folder and say its name; a run that does not resume moves an earlier one's folder aside.
+
+    Raises:
+        InputError: if the folder cannot be made or written to.
+    """
+    folder = Path(output_dir)
+    try:
+        if not resume and any(folder.glob("checkpoint*.pt")):
+            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            print(f"Moved the earlier run in {folder} to {aside}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("tmp*"):  # of a save that was killed
+            leftover.unlink()
+        with replacing(folder / ".writable"):
+            pass
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"output {folder}: expected a folder that can be written to, found: {error.strerror}") from error
+    print(f"Output folder: {folder.resolve()}")
+    return folder
+
+
+def latest_checkpoint(output_dir: str) -> str | None:
+    """Return the newest training checkpoint of a run, or None where it has none."""
+    found = sorted(Path(output_dir).glob("checkpoint*.pt"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else None
+
+
+def load_policy(network: torch.nn.Module, path: str, *, map_location: str | torch.device = "cpu") -> torch.nn.Module:
+    """Load the policy's weights from a checkpoint of a training or from a file of weights alone.
+
+    Raises:
+        InputError: if the file is missing, is no checkpoint, or is one of another architecture.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"checkpoint {path}: expected a file, found none (train one, or name one with ckpt)")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"checkpoint {path}: expected a checkpoint of torch.save, found a file that cannot be loaded as one"
+        ) from error
+    weights = checkpoint.get("network", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    expected = network.state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"checkpoint {path}: expected the weights of a network, found {type(weights).__name__}")
+    differing = [k for k in expected if k not in weights or weights[k].shape != expected[k].shape]
+    differing += [k for k in weights if k not in expected]
+    if differing:
+        key = differing[0]
+        shapes = [tuple(s[key].shape) if key in s else "none" for s in (expected, weights)]
+        raise InputError(
+            f"checkpoint {path}: expected the weights of this configuration's network, found another architecture "
+            f"({len(differing)} of {len(expected)} entries differ, the first is {key}: {shapes[0]} expected, {shapes[1]} found)"
+        )
+    network.load_state_dict(weights)
+    return network

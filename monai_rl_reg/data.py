@@ -1,0 +1,289 @@
+"""Where pairs of images come from: a CSV of pairs, or a folder of cases in the Medical Segmentation Decathlon layout."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import CacheDataset
+from torch.utils.data import Dataset
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.phantoms import make_cohort
+
+logger = logging.getLogger(__name__)
+
+Case = dict[str, str]
+"""One image: ``image`` and, where there is one, ``label``; both are paths."""
+Pair = dict[str, str]
+"""``fixed``, ``moving`` and, where there are labels, ``fixed_label``, ``moving_label``; all are paths."""
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read a CSV of pairs: columns ``fixed,moving``, optionally ``fixed_label,moving_label``; paths relative to it.
+
+    Raises:
+        InputError: if the file is missing, lacks a column, has no rows, or a row leaves a path empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"pairs {path}: expected a CSV file, found none")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = columns
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"pairs {path}: expected a CSV file of text, found: {error}") from error
+    missing = [name for name in ("fixed", "moving") if name not in columns]
+    if missing:
+        raise InputError(f"pairs {path}: expected the columns fixed and moving, found {', '.join(columns) or 'none'}")
+    if not rows:
+        raise InputError(f"pairs {path}: expected at least one row below the column names, found none")
+    pairs = []
+    for number, row in enumerate(rows, start=2):
+        values = {key: (row.get(key) or "").strip() for key in ("fixed", "moving", "fixed_label", "moving_label")}
+        if not (values["fixed"] and values["moving"]):
+            raise InputError(f"pairs {path}, line {number}: expected a fixed and a moving path, found {dict(row)}")
+        pairs.append({key: str(path.parent / value) for key, value in values.items() if value})
+    return pairs
+
+
+def read_cases(folder: str | Path) -> list[Case]:
+    """List the cases of a folder in the Decathlon's layout: ``imagesTr`` and, where a case has one, ``labelsTr``.
+
+    Raises:
+        InputError: if there is no ``imagesTr`` or fewer than two images in it.
+    """
+    folder = Path(folder)
+    if not (folder / "imagesTr").is_dir():
+        raise InputError(f"dataset {folder}: expected a folder with imagesTr (and labelsTr) in it, found none")
+    images = sorted(p for p in (folder / "imagesTr").iterdir() if p.name.endswith(SUFFIXES) and p.name[0] != ".")
+    if len(images) < 2:
+        raise InputError(f"dataset {folder}: expected at least two images in imagesTr, found {len(images)}")
+    cases = []
+    for image in images:
+        label = folder / "labelsTr" / image.name
+        cases.append({"image": str(image)} | ({"label": str(label)} if label.exists() else {}))
+    return cases
+
+
+def split_data(
+    *,
+    pairs: str | None = None,
+    dataset_dir: str | None = None,
+    val_pairs: str | None = None,
+    val_cases: Sequence[str] | None = None,
+    val_count: int = 20,
+    phantom_dir: str = "phantoms",
+    spatial_dims: int = 3,
+) -> dict[str, list[dict[str, str]]]:
+    """Return the data of ``training`` (pairs or cases) and ``validation`` (pairs).
+
+    The first of these that is given is used: ``pairs``, ``dataset_dir``, a synthetic cohort made in ``phantom_dir``.
+    Validation takes ``val_pairs``; else pairs among ``val_cases``; else pairs among the last tenth of the cases (at
+    least two), or the last tenth of the rows of ``pairs``. Cases that validation uses are left out of training.
+
+    Args:
+        pairs: CSV of training pairs.
+        dataset_dir: folder in the Decathlon's layout, from whose cases training pairs are drawn.
+        val_pairs: CSV of validation pairs.
+        val_cases: names of cases (file names, with or without suffix) to leave out for validation.
+        val_count: most validation pairs made from cases.
+        phantom_dir: where the synthetic cohort is kept.
+        spatial_dims: 2 or 3, for the synthetic cohort.
+
+    Raises:
+        InputError: if nothing is left to train on, a name in ``val_cases`` is not there, or a file is bad.
+    """
+    validation = read_pairs(val_pairs) if val_pairs else None
+    if pairs:
+        rows = read_pairs(pairs)
+        if validation is None:
+            count = max(1, len(rows) // 10)
+            validation, rows = (rows[-count:], rows[:-count]) if len(rows) > 1 else (rows, rows)
+        kept_back = {_identity(pair[key]) for pair in validation for key in ("fixed", "moving")} if val_pairs else set()
+        training = [p for p in rows if not {_identity(p["fixed"]), _identity(p["moving"])} & kept_back]
+        if not training:
+            raise InputError(f"pairs {pairs}: expected pairs of cases that validation does not use, found none")
+        return {"training": training, "validation": validation}
+    if not dataset_dir:
+        dataset_dir = str(make_cohort(phantom_dir, spatial_dims=spatial_dims))
+    cases = read_cases(dataset_dir)
+    if validation is None:
+        held_out = _held_out(cases, val_cases, dataset_dir)
+        validation = _pairs_among(held_out, val_count)
+    kept_back = {_identity(pair[key]) for pair in validation for key in ("fixed", "moving")}
+    kept = [case for case in cases if _identity(case["image"]) not in kept_back]
+    if len(kept) < 2:
+        raise InputError(
+            f"dataset {dataset_dir}: expected at least two cases left for training, found {len(kept)} of {len(cases)}"
+        )
+    return {"training": kept, "validation": validation}
+
+
+class PairDataset(Dataset):
+    """Pairs of cases, each case loaded and preprocessed once.
+
+    ``data`` is a list of pairs, or a list of cases, of which every ordered pair is an item (with a shuffling loader
+    and a limited epoch length, pairs are thus drawn at random). Label values become 0, 1, 2, ... in the order of
+    ``labels``.
+
+    Args:
+        data: pairs (``fixed``, ``moving``, ...) or cases (``image`` and, if there is one, ``label``).
+        case_transform: applied once to each case, before it is cached.
+        transform: applied to each pair: a dictionary with ``fixed``, ``moving`` and, where both cases have one,
+            ``fixed_label`` and ``moving_label``.
+        labels: label values to use; others become background. By default every value found.
+        image_size: one size for all pairs, so that they can be batched: a size, or ``auto`` for the smallest multiple
+            of 16 that holds every case. It goes to the transform as ``spatial_size``. None keeps each pair's own.
+        cache_rate: share of the cases to keep in memory.
+        progress: show a progress bar while loading.
+
+    Raises:
+        InputError: if the two label files of a pair disagree on the values they hold (see :meth:`check_labels`).
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, str]],
+        case_transform: Callable[[Any], Any],
+        transform: Callable[[Any], Any],
+        *,
+        labels: Sequence[int] | None = None,
+        image_size: str | Sequence[int] | None = None,
+        cache_rate: float = 1.0,
+        progress: bool = True,
+    ) -> None:
+        self.pairs: list[tuple[int, int]] | None = None
+        cases = [dict(row) for row in data]
+        if "fixed" in cases[0]:
+            cases, self.pairs = _cases_of(cases)
+        self.transform = transform
+        self.cases = CacheDataset(
+            cases, case_transform, cache_rate=cache_rate, num_workers=1, progress=progress and len(cases) > 8
+        )
+        self.labelled = all("label" in case for case in cases)
+        if not self.labelled and any("label" in case for case in cases):
+            count = sum("label" in case for case in cases)
+            logger.warning("labels are not used: %d of %d cases have one, expected all or none", count, len(cases))
+        self.labels: list[int] = []
+        if self.labelled:
+            found = [set(self.cases[i]["label_values"]) for i in range(len(cases))]
+            if labels is None:
+                self.check_labels(found)
+            self.labels = sorted(set().union(*found)) if labels is None else list(labels)
+
+        self.image_size = image_size
+        if image_size == "auto":
+            shapes = [self.cases[i]["image"].shape[1:] for i in range(len(cases))]
+            self.image_size = [16 * math.ceil(max(sizes) / 16) for sizes in zip(*shapes, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.pairs) if self.pairs is not None else len(self.cases) * (len(self.cases) - 1)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.pairs is not None:
+            i, j = self.pairs[index]
+        else:
+            i, j = divmod(index, len(self.cases) - 1)
+            j += j >= i
+        item = {} if self.image_size is None else {"spatial_size": self.image_size}
+        for role, case in (("fixed", self.cases[i]), ("moving", self.cases[j])):
+            item[role] = case["image"]
+            item[f"{role}_file"] = case["image_file"]
+            if self.labelled:
+                item[f"{role}_label"] = self._indexed(case["label"])
+                item[f"{role}_label_file"] = case["label_file"]
+        return self.transform(item)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of label values with the background."""
+        return len(self.labels) + 1
+
+    def check_labels(self, found: list[set[int]]) -> None:
+        """Refuse pairs whose labels do not match: a value that only one image has cannot be compared.
+
+        Up to one value in twenty may be missing from one of the two, as happens to small structures in fine
+        parcellations; such a value scores a Dice of 0 where the fixed image has it.
+
+        Raises:
+            InputError: naming both files and the values.
+        """
+        if self.pairs is not None:
+            checked = self.pairs
+        else:  # drawn pairs: each case against the one with most labels
+            fullest = max(range(len(found)), key=lambda i: len(found[i]))
+            checked = [(fullest, i) for i in range(len(found))]
+        for i, j in checked:
+            alone = found[i] ^ found[j]
+            if len(alone) > 0.05 * len(found[i] | found[j]):
+                raise InputError(
+                    f"labels {self.cases.data[i]['label']} and {self.cases.data[j]['label']}: expected the same label "
+                    f"values in both, found {_listed(alone)} in one only (name the values to use with labels)"
+                )
+
+    def _indexed(self, label: Any) -> Any:
+        values = torch.tensor(self.labels, dtype=torch.float32)
+        order = values.argsort()
+        position = torch.searchsorted(values[order], label.as_tensor().contiguous()).clamp(max=len(values) - 1)
+        known = values[order][position] == label.as_tensor()
+        indexed = label.clone()
+        indexed.as_tensor().copy_(torch.where(known, order[position] + 1, 0))
+        return indexed
+
+
+def _cases_of(pairs: list[Pair]) -> tuple[list[Case], list[tuple[int, int]]]:
+    cases: dict[tuple[str, str | None], int] = {}
+    index = []
+    for pair in pairs:
+        keys = [(pair[role], pair.get(f"{role}_label")) for role in ("fixed", "moving")]
+        index.append((cases.setdefault(keys[0], len(cases)), cases.setdefault(keys[1], len(cases))))
+    return [{"image": image} | ({"label": label} if label else {}) for image, label in cases], index
+
+
+def _identity(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _stem(path: str) -> str:
+    name = Path(path).name
+    return next((name[: -len(s)] for s in SUFFIXES if name.endswith(s)), name)
+
+
+def _held_out(cases: list[Case], names: Sequence[str] | None, folder: str) -> list[Case]:
+    if names is None:
+        return cases[-max(2, len(cases) // 10) :]
+    wanted = {_stem(name) for name in names}
+    held_out = [case for case in cases if _stem(case["image"]) in wanted]
+    lacking = wanted - {_stem(case["image"]) for case in held_out}
+    if lacking:
+        raise InputError(f"dataset {folder}: expected the validation cases {_listed(lacking)} in imagesTr, found none")
+    return held_out
+
+
+def _pairs_among(cases: list[Case], most: int) -> list[Pair]:
+    every = [(a, b) for a in cases for b in cases if a is not b]
+    step = max(1, len(every) / most)
+    chosen = [every[int(i * step)] for i in range(min(most, len(every)))]
+    pairs = []
+    for fixed, moving in chosen:
+        pair = {"fixed": fixed["image"], "moving": moving["image"]}
+        if "label" in fixed and "label" in moving:
+            pair |= {"fixed_label": fixed["label"], "moving_label": moving["label"]}
+        pairs.append(pair)
+    return pairs
+
+
+def _listed(values: set[Any]) -> str:
+    ordered = sorted(values)
+    return ", ".join(str(v) for v in ordered[:8]) + (", ..." if len(ordered) > 8 else "")

@@ -1,0 +1,118 @@
+"""The reinforcement-learning iteration for MONAI's SupervisedTrainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor
+
+from monai_rl_reg.losses import SoftActorCriticLoss
+from monai_rl_reg.replay import ReplayBuffer
+from monai_rl_reg.rollout import rollout
+
+
+class ReinforcementUpdate:
+    """``iteration_update`` of a SupervisedTrainer: one batched rollout, then a fixed number of updates.
+
+    The trainer's ``network`` is the policy, its ``loss_function`` a :class:`SoftActorCriticLoss` (or
+    ``DistributedDataParallel`` around one), its ``optimizer`` holds the parameters of both. The number of updates
+    depends on nothing that differs between processes, so that distributed training cannot fall out of step.
+
+    Args:
+        replay: where transitions go and come from.
+        steps: time limit of an episode; reaching it truncates and does not terminate.
+        updates: updates an iteration.
+        batch_size: transitions an update.
+        warm_up: iterations that only collect transitions.
+        max_grad_norm: gradients are clipped to this norm.
+    """
+
+    def __init__(
+        self,
+        replay: ReplayBuffer,
+        *,
+        steps: int,
+        updates: int = 1,
+        batch_size: int = 8,
+        warm_up: int = 0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.replay = replay
+        self.steps = steps
+        self.updates = updates
+        self.batch_size = batch_size
+        self.warm_up = warm_up
+        self.max_grad_norm = max_grad_norm
+
+    def __call__(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
+        """Play and learn from one batch; returns MONAI's ``image label pred loss`` with ``return`` and every term."""
+        image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
+        engine.state.output = {Keys.IMAGE: image, Keys.LABEL: label}
+        engine.state.output |= self._play(engine, _plain(image), None if label is None else _plain(label))
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        figures: dict[str, list[Tensor]] = {}
+        updates = self.updates if engine.state.iteration > self.warm_up else 0
+        for _ in range(updates):
+            for name, value in self._update(engine).items():
+                figures.setdefault(name, []).append(value)
+        engine.state.output[Keys.LOSS] = 0.0
+        engine.state.output |= {name: float(torch.stack(values).mean()) for name, values in figures.items()}
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output  # type: ignore[no-any-return]
+
+    def _play(self, engine: SupervisedTrainer, image: Tensor, label: Tensor | None) -> dict[str, Any]:
+        loss = unwrap(engine.loss_function)
+        state = loss.task.reset(image, label)
+        total, transitions = 0.0, 0
+        engine.network.eval()
+        with torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
+            for state, transition in rollout(engine.network, loss.task, state, self.steps):
+                self.replay.extend(transition)
+                total += float(transition.reward.sum())
+                transitions += len(transition.reward)
+        return {Keys.PRED: loss.task.output(state), "return": total / len(image), "transitions": transitions}
+
+    def _update(self, engine: SupervisedTrainer) -> dict[str, Tensor]:
+        loss = engine.loss_function
+        loss.train()
+        batch = self.replay.sample(self.batch_size, device=engine.state.device)
+        engine.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(torch.device(engine.state.device).type, enabled=engine.amp, **engine.amp_kwargs):
+            terms, figures = loss(batch)
+            total = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(total):
+            found = {name: float(value) for name, value in terms.items()}
+            raise FloatingPointError(f"the training loss is not finite at iteration {engine.state.iteration}: {found}")
+        scaler = engine.scaler if engine.scaler is not None and engine.scaler.is_enabled() else None
+        parameters = [p for group in engine.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if scaler is None:
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            engine.optimizer.step()
+        else:
+            scaler.scale(total).backward()
+            scaler.unscale_(engine.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            scaler.step(engine.optimizer)
+            scaler.update()
+        unwrap(loss).update_targets()
+        return {Keys.LOSS: total.detach(), **{name: value.detach() for name, value in (terms | figures).items()}}
+
+
+def unwrap(loss: Any) -> SoftActorCriticLoss:
+    """Return the loss module inside ``DistributedDataParallel``, or the module itself."""
+    return getattr(loss, "module", loss)  # type: ignore[no-any-return]
+
+
+def scalars(output: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers in an iteration's output: what is worth logging."""
+    return {name: float(value) for name, value in output.items() if isinstance(value, (int, float))}
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.as_tensor() if isinstance(x, MetaTensor) else x

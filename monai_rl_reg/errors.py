@@ -1,0 +1,26 @@
+"""The one error that bad input raises, and how the command line shows it."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+
+class InputError(ValueError):
+    """Input that cannot be used: the message names the file, what was expected and what was found."""
+
+
+def report_input_errors() -> None:
+    """Make an uncaught :class:`InputError` end the program with its one sentence instead of a traceback.
+
+    The exit status stays 1. Every other exception keeps its traceback: that one is a defect, not bad input.
+    """
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, InputError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = hook

@@ -1,0 +1,101 @@
+"""Displacement fields and coordinates; the only place that knows RAS from LPS.
+
+One direction everywhere: ``moved(x) = moving(x + u(x))``. Inside the package ``u`` is in voxels of the grid it lives
+on, channels in array order (MONAI's :class:`~monai.networks.blocks.Warp`). World coordinates are millimetres in RAS, as
+in NIfTI and MONAI; LPS, as in ITK, exists only in files and is converted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.blocks import Warp
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def compose(displacement: Tensor, step: Tensor, warp: Warp) -> Tensor:
+    """Return the field that applies ``step`` after ``displacement``: D <- warp(D, a) + a.
+
+    Args:
+        displacement: D, (B, d, *spatial) in voxels.
+        step: a, (B, d, *spatial) in voxels.
+        warp: a linear :class:`Warp` with border padding: beyond the edge the field goes on as it is there.
+    """
+    composed: Tensor = warp(displacement, step) + step
+    return composed
+
+
+def jacobian_determinant(displacement: Tensor) -> Tensor:
+    """Return the determinant of the Jacobian of x -> x + u(x), (B, *spatial), of u (B, d, *spatial) in voxels.
+
+    Central differences, one-sided at the edges (as ``numpy.gradient``). A value of zero or less is a fold.
+    """
+    dims = displacement.shape[1]
+    u = displacement.float()
+    rows = [
+        [g + (i == j) for j, g in enumerate(torch.gradient(u[:, i], dim=list(range(1, dims + 1))))] for i in range(dims)
+    ]
+    if dims == 2:
+        return rows[0][0] * rows[1][1] - rows[0][1] * rows[1][0]
+    (a, b, c), (d, e, f), (g, h, i) = rows
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+
+
+def identity_grid(shape: Sequence[int], *, device: torch.device | None = None) -> Tensor:
+    """Return the voxel coordinates of a grid, (d, *shape), double precision."""
+    axes = [torch.arange(n, dtype=torch.float64, device=device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
+def transform_points(affine: Tensor, points: Tensor) -> Tensor:
+    """Apply a (d+1, d+1) affine to points (d, ...)."""
+    d = points.shape[0]
+    moved = affine[:d, :d] @ points.flatten(1) + affine[:d, d:]
+    return moved.reshape(points.shape)
+
+
+def sample(image: Tensor, index: Tensor, *, mode: str = "bilinear", outside: str = "border") -> Tensor:
+    """Sample an image at voxel coordinates.
+
+    Args:
+        image: (C, *spatial).
+        index: (d, *shape), coordinates in the image's voxels.
+        mode: ``bilinear`` (linear in 2D and 3D alike) or ``nearest``.
+        outside: ``border`` repeats the edge; ``zeros`` gives 0 to every point more than half a voxel outside, which
+            is ITK's rule, and interpolates the edge voxel up to there.
+
+    Returns:
+        (C, *shape) in fp32.
+    """
+    sizes = torch.tensor(image.shape[1:], dtype=index.dtype, device=index.device)
+    spread = sizes.reshape(-1, *[1] * (index.ndim - 1))
+    grid = (2 * index / (spread - 1).clamp(min=1) - 1).flip(0).movedim(0, -1)
+    out = F.grid_sample(
+        image[None].to(index.dtype), grid[None], mode=mode, padding_mode="border", align_corners=True
+    )[0].float()
+    if outside == "zeros":
+        out = out * ((index >= -0.5) & (index <= spread - 0.5)).all(0)
+    return out
+
+
+def voxels_to_millimetres(displacement: Tensor, affine: Tensor) -> Tensor:
+    """Turn a field (d, *spatial) in voxels of the grid with this affine into RAS millimetres: u_mm = A[:d, :d] u."""
+    d = displacement.shape[0]
+    return torch.tensordot(affine[:d, :d].to(displacement), displacement, dims=1)
+
+
+def ras_to_lps(vectors: Tensor) -> Tensor:
+    """Swap between RAS and LPS vectors (d, ...), either way: the first two components change sign."""
+    sign = torch.ones(vectors.shape[0], dtype=vectors.dtype, device=vectors.device)
+    sign[:2] = -1
+    return vectors * sign.reshape(-1, *[1] * (vectors.ndim - 1))
+
+
+def world_box(affine: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest world coordinate, (d,) each, that a grid's voxel centres reach."""
+    d = len(shape)
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in shape]).T
+    world = transform_points(affine[: d + 1, : d + 1].double(), corners.reshape(d, -1))
+    return world.amin(1), world.amax(1)

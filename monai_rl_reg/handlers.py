@@ -1,0 +1,230 @@
+"""Handlers beside MONAI's: progress with the validation figures, the table of an evaluation, a result's files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.metrics import compute_dice, compute_hausdorff_distance
+from torch import Tensor
+from tqdm import tqdm
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.metrics import folded_percent, log_jacobian_std
+from monai_rl_reg.nifti import replacing, write_displacement, write_image
+
+
+class TrainingProgress:
+    """One progress bar over all iterations of a training, with the loss, the return and the validation figures.
+
+    Args:
+        evaluator: the validation evaluator whose metrics are shown after each validation.
+        metrics: names of its metrics to show.
+    """
+
+    def __init__(self, evaluator: Engine | None = None, metrics: Sequence[str] = ("dice_before", "dice")) -> None:
+        self.evaluator = evaluator
+        self.metrics = metrics
+        self.bar: tqdm | None = None
+        self.figures: dict[str, str] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this trainer, and the evaluator if one was given."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iterate)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+        engine.add_event_handler(Events.TERMINATE, self._close)
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.COMPLETED, self._validated)
+
+    def _start(self, engine: Engine) -> None:
+        total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
+        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="it", dynamic_ncols=True)
+
+    def _iterate(self, engine: Engine) -> None:
+        if self.bar is None:
+            return
+        output = engine.state.output
+        output = output[0] if isinstance(output, list) else output
+        shown = {key: f"{float(output[key]):.3f}" for key in ("loss", "return") if key in output}
+        self.bar.set_postfix(shown | self.figures, refresh=False)
+        self.bar.update()
+
+    def _validated(self, engine: Engine) -> None:
+        self.figures = {n: f"{engine.state.metrics[n]:.4f}" for n in self.metrics if n in engine.state.metrics}
+        if self.bar is not None and self.figures:
+            self.bar.write("validation: " + ", ".join(f"{name} {value}" for name, value in self.figures.items()))
+
+    def _close(self, engine: Engine) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class EvaluationTable:
+    """Write ``metrics.csv``, a row a pair, and ``summary.json``, their means, when an evaluation completes.
+
+    Reads what :class:`~monai_rl_reg.transforms.FinishOnFixedGridd` left in the output: everything is measured on the
+    fixed image's own grid. ``seconds`` is the wall time of the policy's steps with composing and warping, without
+    reading files. A pair that fails ends the evaluation before anything is written.
+
+    Args:
+        output_dir: where the two files go.
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(self, output_dir: str, *, spatial_dims: int = 3) -> None:
+        self.output_dir = Path(output_dir)
+        self.spatial_dims = spatial_dims
+        self.rows: list[dict[str, Any]] = []
+        self._started = self._seconds = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this evaluator."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._tick)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._tock)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _start(self, engine: Engine) -> None:
+        self.rows = []
+
+    def _tick(self, engine: Engine) -> None:
+        self._started = time.perf_counter()
+
+    def _tock(self, engine: Engine) -> None:
+        self._seconds = time.perf_counter() - self._started
+
+    def _measure(self, engine: Engine) -> None:
+        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+            item = batch | output
+            affine = item["displacement"].affine.double()
+            d = self.spatial_dims
+            voxel = torch.tensordot(
+                torch.linalg.inv(affine[:d, :d]), item["displacement"].as_tensor().double(), dims=1
+            ).float()[None]
+            row = {
+                "fixed": item["fixed_file"],
+                "moving": item["moving_file"],
+                "dice_before": float("nan"),
+                "dice": float("nan"),
+                "folded_percent": float(folded_percent(voxel)),
+                "sdlogj": float(log_jacobian_std(voxel)),
+                "hd95_mm": float("nan"),
+                "seconds": self._seconds / len(engine.state.output),
+            }
+            if "fixed_label" in item:
+                row |= label_figures(item["moved_label"], item["unmoved_label"], item["fixed_label"])
+            self.rows.append(row)
+
+    def _write(self, engine: Engine) -> None:
+        figures = [name for row in self.rows for name in row]
+        columns = sorted(dict.fromkeys(figures), key=_column_order)
+        with replacing(self.output_dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.rows)
+        summary: dict[str, Any] = {"pairs": len(self.rows)}
+        for name in columns[2:]:
+            values = [row[name] for row in self.rows if name in row and np.isfinite(row[name])]
+            summary[name] = float(np.mean(values)) if values else None
+        with replacing(self.output_dir / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        shown = {k: summary[k] for k in ("pairs", "dice_before", "dice", "folded_percent", "seconds")}
+        print(", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None))
+        print(f"Wrote {self.output_dir / 'metrics.csv'} and {self.output_dir / 'summary.json'}")
+
+
+def label_figures(moved: Tensor, unmoved: Tensor, fixed: Tensor) -> dict[str, float]:
+    """Return ``dice_before``, ``dice``, ``hd95_mm`` (means over the fixed map's labels) and ``dice_<label>`` each.
+
+    Args:
+        moved, unmoved, fixed: label maps (1, *spatial) on the fixed grid; ``fixed`` with its affine.
+    """
+    affine = fixed.affine  # type: ignore[attr-defined]
+    fixed_map, moved_map, unmoved_map = (torch.as_tensor(x).long() for x in (fixed, moved, unmoved))
+    spacing = affine[:3, : fixed.ndim - 1].norm(dim=0).tolist()
+    values = [int(v) for v in torch.unique(fixed_map) if v > 0]
+    figures: dict[str, float] = {}
+    before, distances = [], []
+    for value in values:
+        a, b, c = ((x == value)[None] for x in (fixed_map, moved_map, unmoved_map))
+        figures[f"dice_{value}"] = float(compute_dice(b, a))
+        before.append(float(compute_dice(c, a)))
+        if b.any():
+            distance = compute_hausdorff_distance(b, a, include_background=True, percentile=95, spacing=spacing)
+            distances.append(float(distance))
+    dice = [figures[f"dice_{value}"] for value in values]
+    means = {"dice_before": before, "dice": dice, "hd95_mm": distances}
+    return {k: float(np.mean(v)) if v else float("nan") for k, v in means.items()} | figures
+
+
+class RegistrationWriter:
+    """Write ``moved.nii.gz``, ``moved_label.nii.gz`` and ``displacement.nii.gz`` of a registered pair.
+
+    All are on the fixed image's own grid; the displacement is in LPS millimetres, as ITK, ANTs and 3D Slicer read it.
+
+    Args:
+        output_dir: the folder; with several pairs each gets a numbered folder in it.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = Path(output_dir)
+        self.count = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        several = len(engine.data_loader.dataset) > 1
+        for output in engine.state.output:
+            folder = self.output_dir / f"{self.count:04d}" if several else self.output_dir
+            self.count += 1
+            write_result(folder, output)
+            print(f"Wrote the registration to {folder.resolve()}")
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write a result's files into a folder beside it first, then move each into place.
+
+    Raises:
+        InputError: if the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder, prefix="."))
+    except OSError as error:
+        raise InputError(f"output {folder}: expected a folder that can be written to, found: {error.strerror}") from error
+    try:
+        affine = result["displacement"].affine
+        write_image(staging / "moved.nii.gz", result["moved"], affine)
+        write_displacement(staging / "displacement.nii.gz", result["displacement"].as_tensor(), affine)
+        if "moved_label" in result:
+            write_image(staging / "moved_label.nii.gz", result["moved_label"], affine)
+        for file in sorted(staging.iterdir()):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _column_order(name: str) -> tuple[int, int]:
+    order = ["fixed", "moving", "dice_before", "dice", "folded_percent", "sdlogj", "hd95_mm", "seconds"]
+    return (order.index(name), 0) if name in order else (len(order), int(name.rsplit("_", 1)[1]))
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if not np.isfinite(value) else f"{value:.6g}"
+    return value

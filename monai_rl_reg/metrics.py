@@ -1,0 +1,131 @@
+"""Registration figures that MONAI lacks, as MONAI metrics; Dice and Hausdorff distance come from MONAI itself."""
+
+from __future__ import annotations
+
+import torch
+from monai.metrics import CumulativeIterationMetric
+from monai.metrics.utils import do_metric_reduction
+from torch import Tensor
+
+from monai_rl_reg.geometry import jacobian_determinant, sample
+from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
+
+
+def label_dice(moved: Tensor, fixed: Tensor) -> Tensor:
+    """Dice of every label value by counting, for label maps with any number of labels.
+
+    Equal to :func:`monai.metrics.compute_dice` on one-hot maps, in one pass over the voxels instead of one a label.
+
+    Args:
+        moved, fixed: (B, 1, *spatial), integer label values, 0 background.
+
+    Returns:
+        (B, L) for the values 1..L, L the largest value found; NaN where the fixed map lacks the label.
+    """
+    m, f = moved.flatten(1).long(), fixed.flatten(1).long()
+    count = int(torch.maximum(m.amax(), f.amax())) + 1
+    offset = torch.arange(len(m), device=m.device)[:, None] * count
+
+    def histogram(values: Tensor) -> Tensor:
+        return torch.bincount(values, minlength=len(m) * count).reshape(len(m), count)[:, 1:].float()
+
+    in_fixed = histogram((f + offset).flatten())
+    in_moved = histogram((m + offset).flatten())
+    in_both = histogram((f + offset)[f == m])
+    return torch.where(in_fixed > 0, 2 * in_both / (in_fixed + in_moved), torch.nan)
+
+
+def mean_label_dice(moved: Tensor, fixed: Tensor) -> Tensor:
+    """Mean over the labels that the fixed map has, (B,); NaN where it has none. Arguments as :func:`label_dice`."""
+    return label_dice(moved, fixed).nanmean(1)
+
+
+def folded_percent(displacement: Tensor) -> Tensor:
+    """Percentage of voxels with a Jacobian determinant of zero or less, (B,), of a field (B, d, *spatial) in voxels."""
+    return 100 * (jacobian_determinant(displacement) <= 0).flatten(1).float().mean(1)
+
+
+def log_jacobian_std(displacement: Tensor) -> Tensor:
+    """Standard deviation of the log Jacobian determinant (SDlogJ), (B,), of a field (B, d, *spatial) in voxels.
+
+    Determinants are clamped to [1e-9, 1e9] first, as in the Learn2Reg evaluation.
+    """
+    return jacobian_determinant(displacement).clamp(1e-9, 1e9).log().flatten(1).std(1, correction=0)
+
+
+def local_ncc(moved: Tensor, fixed: Tensor, kernel_size: int = 9) -> Tensor:
+    """Mean squared local NCC in [0, 1], (B,), of images (B, C, *spatial) scaled to [0, 1]."""
+    loss = BoxLocalNormalizedCrossCorrelationLoss(moved.ndim - 2, kernel_size, reduction="none")
+    return -loss(moved, fixed).flatten(1).mean(1)
+
+
+class _MeanMetric(CumulativeIterationMetric):
+    """A metric with one number a pair, reduced to the mean over pairs; NaN pairs do not count."""
+
+    def aggregate(self) -> Tensor:  # type: ignore[override]
+        """Return the mean over the pairs seen so far."""
+        values = self.get_buffer()
+        if not isinstance(values, Tensor):
+            raise ValueError("no pairs seen: call the metric before aggregating it")
+        mean: Tensor = do_metric_reduction(values.float(), "mean")[0]
+        return mean
+
+
+class FoldedPercentMetric(_MeanMetric):
+    """Mean percentage of folded voxels of displacement fields (B, d, *spatial) in voxels."""
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return folded_percent(y_pred)[:, None]
+
+
+class LogJacobianStdMetric(_MeanMetric):
+    """Mean SDlogJ of displacement fields (B, d, *spatial) in voxels."""
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return log_jacobian_std(y_pred)[:, None]
+
+
+class LocalNCCMetric(_MeanMetric):
+    """Mean local NCC of moved and fixed images (B, C, *spatial) scaled to [0, 1].
+
+    Args:
+        kernel_size: window size in voxels, odd.
+    """
+
+    def __init__(self, kernel_size: int = 9) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if y is None:
+            raise ValueError("expected the fixed images as y, got None")
+        return local_ncc(y_pred, y, self.kernel_size)[:, None]
+
+
+class TargetRegistrationErrorMetric(_MeanMetric):
+    """Mean distance of corresponding landmarks after registration, in millimetres.
+
+    Args:
+        spacing: voxel size of the fixed grid in millimetres, one number a dimension.
+
+    ``y_pred`` is the displacement field (B, d, *spatial) in voxels, ``y`` the landmarks (B, N, 2, d) in voxels of the
+    fixed grid: ``y[..., 0, :]`` in the fixed image, ``y[..., 1, :]`` in the moving one.
+    """
+
+    def __init__(self, spacing: tuple[float, ...]) -> None:
+        super().__init__()
+        self.spacing = spacing
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if y is None or y.ndim != 4 or y.shape[2:] != (2, y_pred.shape[1]):
+            found = None if y is None else tuple(y.shape)
+            raise ValueError(f"expected landmarks of shape (B, N, 2, {y_pred.shape[1]}), got {found}")
+        return target_registration_error(y_pred, y, self.spacing).mean(1, keepdim=True)
+
+
+def target_registration_error(displacement: Tensor, landmarks: Tensor, spacing: tuple[float, ...]) -> Tensor:
+    """Distance |p_fixed + u(p_fixed) - p_moving| in millimetres, (B, N); arguments as in the metric of this name."""
+    fixed, moving = landmarks[:, :, 0], landmarks[:, :, 1]
+    shift = torch.stack([sample(u, p.T.to(u.dtype)).T for u, p in zip(displacement, fixed, strict=True)])
+    scale = torch.tensor(spacing, dtype=shift.dtype, device=shift.device)
+    return ((fixed + shift - moving) * scale).norm(dim=-1)

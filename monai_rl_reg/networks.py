@@ -1,0 +1,295 @@
+"""The networks of the method: planner and actor (the policy) and the twin critics, in 2D and 3D.
+
+One step of the policy, in the paper's words: the *planner* reads the state and draws a low-dimensional stochastic
+*plan*; the *actor* turns plan and state into the *action* (for registration, one small displacement field); the
+*critics* judge the plan, not the action, which is what keeps the value function tractable.
+
+References:
+    RL-I2IT, arXiv 2309.13672; SPAC, arXiv 2112.07415; tanh-squashed Gaussian: SAC, arXiv 1801.01290, appendix C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from monai.networks.blocks import Convolution
+from monai.networks.layers.factories import Pool
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LOG_STD_RANGE = (-5.0, 1.0)
+
+
+def _block(spatial_dims: int, in_channels: int, out_channels: int, *, stride: int = 1, kernel_size: int = 3) -> nn.Module:
+    # Group normalisation keeps no running statistics (rollouts and updates see different states) and, unlike
+    # instance normalisation, still works where a small image leaves a single voxel.
+    return Convolution(
+        spatial_dims,
+        in_channels,
+        out_channels,
+        strides=stride,
+        kernel_size=kernel_size,
+        act=("LEAKYRELU", {"negative_slope": 0.1}),
+        norm=("GROUP", {"num_groups": math.gcd(4, out_channels)}),
+        adn_ordering="NA",
+    )
+
+
+class Planner(nn.Module):
+    """Encoder of the observation and the head of the plan's distribution, pi_phi(p given s).
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the observation.
+        channels: widths of the encoder's levels; every level halves the resolution.
+        plan_channels: channels of the plan.
+        plan_grid: spatial size of the plan; 1 in every direction makes it a vector.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        channels: Sequence[int],
+        plan_channels: int,
+        plan_grid: Sequence[int],
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *channels]
+        self.levels = nn.ModuleList(
+            nn.Sequential(_block(spatial_dims, a, b, stride=2), _block(spatial_dims, b, b))
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.head = nn.Sequential(
+            Pool[Pool.ADAPTIVEAVG, spatial_dims](tuple(plan_grid)),
+            _block(spatial_dims, channels[-1], channels[-1], kernel_size=1),
+            Convolution(spatial_dims, channels[-1], 2 * plan_channels, kernel_size=1, conv_only=True),
+        )
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return mean and log standard deviation before squashing, (B, P, *grid) each, and the levels' features."""
+        features: list[Tensor] = []
+        x = observation
+        for level in self.levels:
+            x = level(x)
+            features.append(x)
+        mean, log_std = self.head(x).float().chunk(2, dim=1)
+        low, high = LOG_STD_RANGE
+        log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1.0)
+        return mean, log_std, features
+
+
+class Actor(nn.Module):
+    """Decoder that turns a plan and the planner's features into the bounded action, pi_psi(s, p).
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: widths of the planner's levels, finest first.
+        plan_channels: channels of the plan.
+        out_channels: channels of the action.
+        action_bound: the action lies in ``[-action_bound, action_bound]``, here and nowhere else.
+        action_stride: the action is computed at 1 / ``action_stride`` of the resolution (1 or 2) and upsampled.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        channels: Sequence[int],
+        plan_channels: int,
+        out_channels: int,
+        action_bound: float,
+        action_stride: int,
+    ) -> None:
+        super().__init__()
+        self.action_bound = action_bound
+        self.mode = "trilinear" if spatial_dims == 3 else "bilinear"
+        self.join = _block(spatial_dims, channels[-1] + plan_channels, channels[-1])
+        self.levels = nn.ModuleList(
+            _block(spatial_dims, below + skip, skip)
+            for below, skip in zip(channels[:0:-1], channels[-2::-1], strict=True)
+        )
+        self.full = _block(spatial_dims, channels[0], channels[0]) if action_stride == 1 else nn.Identity()
+        self.upsample_first = action_stride == 1
+        self.head = Convolution(spatial_dims, channels[0], out_channels, kernel_size=3, conv_only=True)
+        # A first action close to zero: an untrained registration leaves the image where it is.
+        nn.init.normal_(self.head.conv.weight, std=1e-3)
+        nn.init.zeros_(self.head.conv.bias)
+
+    def forward(self, plan: Tensor, features: list[Tensor], size: list[int]) -> Tensor:
+        """Return the action (B, out_channels, *size) from the plan (B, P, *grid) and the planner's features."""
+        x = features[-1]
+        plan = F.interpolate(plan.to(x.dtype), size=x.shape[2:], mode=self.mode, align_corners=False)
+        x = self.join(torch.cat([x, plan], dim=1))
+        deepest = len(features) - 1
+        for i, level in enumerate(self.levels):
+            skip = features[deepest - 1 - i]
+            x = level(torch.cat([F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip], dim=1))
+        if self.upsample_first:
+            x = F.interpolate(x, size=size, mode="nearest")
+        # fp32 from here on: a displacement in half precision is off by up to half a voxel in a large volume.
+        action = self.action_bound * torch.tanh(self.head(self.full(x)).float())
+        if not self.upsample_first:
+            action = F.interpolate(action, size=size, mode=self.mode, align_corners=False)
+        return action
+
+
+class PlannerActor(nn.Module):
+    """The policy: planner and actor. Any image size (padded inside to the encoder's stride, cropped outside).
+
+    ``forward`` is one deterministic step (the plan's mode), tensor in and tensor out, and scriptable;
+    :meth:`sample` is the stochastic one.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the observation.
+        out_channels: channels of the action.
+        channels: widths of the encoder's levels, finest first; every level halves the resolution.
+        plan_channels: channels of the plan; the plan has ``plan_channels * prod(plan_grid)`` numbers.
+        plan_grid: ``None`` for a vector plan, else the spatial size of a map-shaped one.
+        action_bound: largest absolute value of the action; for registration in voxels.
+        action_stride: 2 computes the action at half resolution and upsamples it linearly, 1 at full resolution.
+
+    Raises:
+        ValueError: if ``spatial_dims`` is not 2 or 3, ``action_stride`` not 1 or 2, ``plan_grid`` has another number
+            of dimensions, or ``channels`` has fewer than two levels.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        channels: Sequence[int] = (16, 32, 64, 64),
+        plan_channels: int = 64,
+        plan_grid: Sequence[int] | None = None,
+        action_bound: float = 1.0,
+        action_stride: int = 2,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}")
+        if action_stride not in (1, 2):
+            raise ValueError(f"action_stride must be 1 or 2, got {action_stride}")
+        if len(channels) < 2:
+            raise ValueError(f"channels must name at least two levels, got {tuple(channels)}")
+        grid = tuple(plan_grid) if plan_grid is not None else (1,) * spatial_dims
+        if len(grid) != spatial_dims:
+            raise ValueError(f"plan_grid must have {spatial_dims} entries, got {grid}")
+        self.stride = 2 ** len(channels)
+        self.plan_shape = (plan_channels, *grid)
+        self.planner = Planner(spatial_dims, in_channels, channels, plan_channels, grid)
+        self.actor = Actor(spatial_dims, channels, plan_channels, out_channels, action_bound, action_stride)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """One deterministic step: observation (B, in_channels, *spatial) to action (B, out_channels, *spatial)."""
+        padded = self._pad(observation)
+        mean, _, features = self.planner(padded)
+        return self._crop(self.actor(torch.tanh(mean), features, padded.shape[2:]), observation.shape[2:])
+
+    @torch.jit.unused
+    def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One stochastic step, differentiable by reparameterisation.
+
+        Args:
+            observation: (B, in_channels, *spatial).
+
+        Returns:
+            plan (B, P, *grid) in (-1, 1), its log-probability (B,), action (B, out_channels, *spatial).
+        """
+        padded = self._pad(observation)
+        plan, log_prob, features = self._draw(padded)
+        action = self._crop(self.actor(plan, features, list(padded.shape[2:])), list(observation.shape[2:]))
+        return plan, log_prob, action
+
+    @torch.jit.unused
+    def plan(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw a plan (B, P, *grid) and its log-probability (B,) without acting on it."""
+        plan, log_prob, _ = self._draw(self._pad(observation))
+        return plan, log_prob
+
+    @torch.jit.unused
+    def act(self, observation: Tensor, plan: Tensor) -> Tensor:
+        """Carry out a given plan (B, P, *grid): the action (B, out_channels, *spatial)."""
+        padded = self._pad(observation)
+        features = self.planner(padded)[2]
+        return self._crop(self.actor(plan, features, list(padded.shape[2:])), list(observation.shape[2:]))
+
+    @torch.jit.unused
+    def _draw(self, padded: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        mean, log_std, features = self.planner(padded)
+        noise = torch.randn_like(mean)
+        unsquashed = mean + log_std.exp() * noise
+        # log N(u; mean, std) - log(1 - tanh(u)^2), the second in its numerically stable form
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - unsquashed - F.softplus(-2 * unsquashed))
+        return torch.tanh(unsquashed), log_prob.flatten(1).sum(1), features
+
+    def _pad(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size in x.shape[2:][::-1]:
+            pads += [0, (self.stride - size % self.stride) % self.stride]
+        return F.pad(x, pads, mode="replicate") if max(pads) > 0 else x
+
+    def _crop(self, x: Tensor, size: list[int]) -> Tensor:
+        for i, n in enumerate(size):
+            x = x.narrow(i + 2, 0, n)
+        return x
+
+
+class Critic(nn.Module):
+    """Q_theta(s, p): the value of a plan in a state. The plan scales and shifts the state's features (FiLM,
+    arXiv 1709.07871), so that Q's gradient by the plan differs between states.
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, channels: Sequence[int], plan_channels: int) -> None:
+        super().__init__()
+        widths = [in_channels, *channels]
+        last = channels[-1]
+        self.mode = "trilinear" if spatial_dims == 3 else "bilinear"
+        self.encoder = nn.Sequential(
+            *(_block(spatial_dims, a, b, stride=2) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        )
+        self.film = nn.Sequential(
+            Convolution(spatial_dims, plan_channels, 2 * last, kernel_size=1, conv_only=True),
+            nn.LeakyReLU(0.1),
+            Convolution(spatial_dims, 2 * last, 2 * last, kernel_size=1, conv_only=True),
+        )
+        self.mix = _block(spatial_dims, last, last)
+        self.value = nn.Sequential(nn.Linear(2 * last, 2 * last), nn.LeakyReLU(0.1), nn.Linear(2 * last, 1))
+
+    def forward(self, observation: Tensor, plan: Tensor) -> Tensor:
+        """Return the value (B,) of plan (B, P, *grid) in the state observed as (B, in_channels, *spatial)."""
+        x = self.encoder(observation)
+        scale, shift = self.film(plan.to(x.dtype)).chunk(2, dim=1)
+        if any(n > 1 for n in scale.shape[2:]):
+            size = x.shape[2:]
+            scale = F.interpolate(scale, size=size, mode=self.mode, align_corners=False)
+            shift = F.interpolate(shift, size=size, mode=self.mode, align_corners=False)
+        x = self.mix(x * (1 + scale) + shift).flatten(2)
+        pooled = torch.cat([x.mean(-1), x.amax(-1)], dim=1)
+        value: Tensor = self.value(pooled).squeeze(1).float()
+        return value
+
+
+class TwinCritic(nn.Module):
+    """Two independent critics; taking their minimum keeps the value from being over-estimated.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the observation.
+        plan_channels: channels of the plan.
+        channels: widths of the encoder's levels; every level halves the resolution.
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, plan_channels: int, *, channels: Sequence[int] = (8, 16, 32, 64)
+    ) -> None:
+        super().__init__()
+        self.critics = nn.ModuleList(Critic(spatial_dims, in_channels, channels, plan_channels) for _ in range(2))
+
+    def forward(self, observation: Tensor, plan: Tensor) -> Tensor:
+        """Return both values, (B, 2), of plan (B, P, *grid) in the state observed as (B, in_channels, *spatial)."""
+        return torch.stack([critic(observation, plan) for critic in self.critics], dim=1)

@@ -1,0 +1,151 @@
+"""Read volumes with every check that bad input deserves, and write NIfTI files atomically."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import LoadImage
+from torch import Tensor
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.geometry import ras_to_lps
+
+VECTOR_INTENT = 1007
+
+
+def read_volume(path: str | Path, *, spatial_dims: int = 3, what: str = "image") -> MetaTensor:
+    """Read one single-channel image in any format that MONAI reads, (1, *spatial) in fp32.
+
+    Args:
+        path: the file.
+        spatial_dims: 2 or 3.
+        what: how messages call it.
+
+    Raises:
+        InputError: if the file is missing, unreadable, has another number of dimensions or channels, a singular
+            affine, or voxels that are not finite.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{what} {path}: expected a file, found none")
+    try:
+        volume = LoadImage(image_only=True, ensure_channel_first=False, dtype=np.float32)(path)
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(
+            f"{what} {path}: expected an image file that can be read, found {path.stat().st_size:,} bytes that cannot "
+            f"({type(error.__cause__ or error).__name__}: {reason})"
+        ) from error
+    while volume.ndim > spatial_dims and volume.shape[-1] == 1:
+        volume = volume[..., 0]
+    if volume.ndim != spatial_dims or volume.numel() == 0:
+        raise InputError(f"{what} {path}: expected {spatial_dims} dimensions, found shape {tuple(volume.shape)}")
+    affine = volume.affine.double()
+    if not torch.isfinite(affine).all() or abs(float(torch.linalg.det(affine[:3, :3]))) < 1e-9:
+        raise InputError(f"{what} {path}: expected an invertible affine, found {affine[:3, :3].tolist()}")
+    bad = int((~torch.isfinite(volume.as_tensor())).sum())
+    if bad:
+        raise InputError(f"{what} {path}: expected finite voxels, found {bad:,} of {volume.numel():,} NaN or infinite")
+    return MetaTensor(volume.as_tensor()[None], affine=affine)
+
+
+def read_image(path: str | Path, *, spatial_dims: int = 3, what: str = "image") -> MetaTensor:
+    """Read an intensity image, (1, *spatial); besides :func:`read_volume`'s errors, a constant image is one."""
+    image = read_volume(path, spatial_dims=spatial_dims, what=what)
+    if image.min() == image.max():
+        raise InputError(f"{what} {path}: expected an image with contrast, found the value {float(image.min()):g} everywhere")
+    return image
+
+
+def read_label(path: str | Path, image: MetaTensor, image_path: str | Path, *, spatial_dims: int = 3) -> MetaTensor:
+    """Read the label map of an image, (1, *spatial).
+
+    Raises:
+        InputError: besides :func:`read_volume`'s errors, if the label is not on the image's grid, is empty, or has
+            values that are negative or not whole numbers.
+    """
+    label = read_volume(path, spatial_dims=spatial_dims, what="label")
+    if label.shape != image.shape or not torch.allclose(label.affine, image.affine, atol=1e-2, rtol=0):
+        same = label.shape == image.shape
+        found = "another affine" if same else f"shape {tuple(label.shape[1:])} instead of {tuple(image.shape[1:])}"
+        raise InputError(f"label {path}: expected the grid of its image {image_path}, found {found}")
+    if not torch.equal(label, label.round()) or label.min() < 0:
+        raise InputError(f"label {path}: expected whole numbers from 0 up, found {label_range(label)}")
+    if not label.any():
+        raise InputError(f"label {path}: expected at least one labelled voxel, found only background")
+    return label
+
+
+def label_range(label: Tensor) -> str:
+    """Describe a label map's values for a message."""
+    return f"values from {float(label.min()):g} to {float(label.max()):g}, some of them fractions or negative"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, with its suffix; moved onto it when all went well, removed if not.
+
+    Raises:
+        InputError: if the folder cannot be made or written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.name)
+    except OSError as error:
+        raise InputError(f"output {path}: expected a folder that can be written to, found: {error.strerror}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"output {path}: expected room to write it, found: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_image(path: str | Path, image: Tensor, affine: Tensor) -> None:
+    """Write an image or label map (1, *spatial) with its RAS affine (4, 4); integer tensors keep their type."""
+    data = image[0].cpu().numpy()
+    _write(path, data, affine)
+
+
+def write_displacement(path: str | Path, displacement: Tensor, affine: Tensor) -> None:
+    """Write a displacement field (d, *spatial) in RAS millimetres as ITK, ANTs and 3D Slicer read it.
+
+    A vector NIfTI (intent 1007, shape (X, Y, Z, 1, d), Z = 1 in 2D) in LPS millimetres on the fixed image's grid.
+    """
+    vectors = ras_to_lps(displacement).movedim(0, -1).float().cpu().numpy()
+    while vectors.ndim < 5:
+        vectors = vectors[..., None, :]
+    _write(path, vectors, affine, intent=VECTOR_INTENT)
+
+
+def _write(path: str | Path, data: np.ndarray, affine: Tensor, intent: int | None = None) -> None:
+    matrix = affine.double().cpu().numpy()
+    file = nib.Nifti1Image(data, matrix)
+    file.set_sform(matrix, code=1)
+    file.set_qform(matrix, code=1)
+    if not np.allclose(file.get_qform(), matrix, atol=1e-4):  # a sheared affine: only the sform can express it
+        file.set_qform(None, code=0)
+    file.header.set_xyzt_units("mm")
+    if intent is not None:
+        file.header["intent_code"] = intent
+    with replacing(path) as temporary:
+        nib.save(file, temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,77 @@
+"""Drive a batch of episodes through the policy: shared by training and inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monai_rl_reg.networks import PlannerActor
+from monai_rl_reg.tasks.task import State, Task
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One step of the episodes that were still live: what the replay buffer stores.
+
+    Attributes:
+        state: state before the step.
+        plan: the plan that was drawn, (B, P, *grid).
+        reward: (B,).
+        next_state: state after the step.
+        terminated: (B,) bool; True where the task itself ended, never for running out of steps.
+    """
+
+    state: State
+    plan: Tensor
+    reward: Tensor
+    next_state: State
+    terminated: Tensor
+
+
+@torch.no_grad()
+def rollout(policy: PlannerActor, task: Task, state: State, steps: int) -> Iterator[tuple[State, Transition]]:
+    """Play ``steps`` stochastic steps; an episode that ends is frozen as it is and leaves the computation.
+
+    Args:
+        policy: draws plans and acts.
+        task: the environment.
+        state: from ``task.reset``.
+        steps: the time limit.
+
+    Yields:
+        the state of the whole batch after the step, and the transition of the episodes that were live in it.
+    """
+    batch = task.observe(state).shape[0]
+    live: Tensor | None = None  # None: all
+    for _ in range(steps):
+        current = state if live is None else {key: value[live] for key, value in state.items()}
+        plan, _, action = policy.sample(task.observe(current))
+        after, reward, terminated = task.step(current, action)
+        state = after if live is None else _merge(state, current, after, live)
+        yield state, Transition(current, plan, reward, after, terminated)
+        if terminated.any():
+            rows = torch.arange(batch, device=terminated.device) if live is None else live
+            live = rows[~terminated]
+            if len(live) == 0:
+                return
+
+
+@torch.inference_mode()
+def follow(policy: PlannerActor, task: Task, state: State, steps: int, *, sample: bool = False) -> Iterator[State]:
+    """Yield the states of ``steps`` steps without judging them; the plan's mode, or with ``sample`` a drawn plan."""
+    for _ in range(steps):
+        observation = task.observe(state)
+        action = policy.sample(observation)[2] if sample else policy(observation)
+        state = task.advance(state, action)
+        yield state
+
+
+def _merge(state: State, current: State, after: State, live: Tensor) -> State:
+    merged = dict(state)
+    for key, value in after.items():
+        if value is not current[key]:
+            merged[key] = state[key].index_copy(0, live, value)
+    return merged

@@ -1,0 +1,1 @@
+"""Tasks: the environments that the engine plays in."""

@@ -1,0 +1,157 @@
+"""Deformable registration as a task: carry the moving image onto the fixed one by composed small fields.
+
+References:
+    SPAC, arXiv 2112.07415; RL-I2IT, arXiv 2309.13672, section on registration.
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.losses import DiceLoss, DiffusionLoss
+from monai.networks.blocks import Warp
+from torch import Tensor
+from torch.nn import functional as F
+
+from monai_rl_reg.geometry import compose, jacobian_determinant
+from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
+from monai_rl_reg.metrics import local_ncc, mean_label_dice
+from monai_rl_reg.tasks.task import State, Task
+
+
+class RegistrationTask(Task):
+    """State: fixed image, moving image as given, moving image as moved so far, displacement so far.
+
+    The moved image is always one resampling of the original moving image by the composed displacement. The reward of
+    a step is the gain in::
+
+        score = reward_scale * (similarity - fold_penalty * share of folded voxels)
+
+    with similarity = mean Dice over the fixed image's labels where labels are given (and ``dice_reward``), else local
+    NCC; both lie in [0, 1]. An episode terminates when Dice exceeds ``success``.
+
+    Args:
+        spatial_dims: 2 or 3.
+        ncc_window: window of the local NCC in voxels, odd.
+        ncc_scales: levels of the NCC pyramid of the task loss; every level halves the images.
+        smoothness_weight: weight of the diffusion regulariser on the composed field.
+        dice_weight: weight of the soft Dice term of the task loss; 0 keeps labels out of it.
+        dice_reward: False rewards the gain in NCC even where labels are given.
+        reward_scale: factor on the reward.
+        fold_penalty: what a wholly folded image would cost, in units of the similarity.
+        success: Dice above which an episode has reached its goal.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        *,
+        ncc_window: int = 9,
+        ncc_scales: int = 1,
+        smoothness_weight: float = 1.0,
+        dice_weight: float = 0.0,
+        dice_reward: bool = True,
+        reward_scale: float = 10.0,
+        fold_penalty: float = 1.0,
+        success: float = 0.98,
+    ) -> None:
+        super().__init__()
+        self.spatial_dims = spatial_dims
+        self.ncc_window = ncc_window
+        self.ncc_scales = ncc_scales
+        self.smoothness_weight = smoothness_weight
+        self.dice_weight = dice_weight
+        self.dice_reward = dice_reward
+        self.reward_scale = reward_scale
+        self.fold_penalty = fold_penalty
+        self.success = success
+        self.warp = Warp("bilinear", "border")
+        self.warp_label = Warp("nearest", "border")
+        self.ncc = BoxLocalNormalizedCrossCorrelationLoss(spatial_dims, ncc_window)
+        self.smoothness = DiffusionLoss()
+        self.dice = DiceLoss()
+        self.replay_keys = ("fixed", "moving", "displacement", "moved")
+        if dice_weight > 0:
+            self.replay_keys += ("fixed_label", "moving_label")
+
+    def reset(self, image: Tensor, label: Tensor | None = None) -> State:
+        """Start from no displacement.
+
+        Args:
+            image: (B, 2, *spatial), fixed and moving, scaled to [0, 1].
+            label: (B, 2, *spatial), integer labels of fixed and moving, or None.
+
+        Raises:
+            ValueError: if the image has not two channels, or ``dice_weight`` asks for labels and there are none.
+        """
+        if image.ndim != self.spatial_dims + 2 or image.shape[1] != 2:
+            expected = f"(B, 2, {', '.join('XYZ'[: self.spatial_dims])})"
+            raise ValueError(f"expected image (fixed, moving) of shape {expected}, got {tuple(image.shape)}")
+        fixed, moving = image[:, :1].float(), image[:, 1:].float()
+        state = {
+            "fixed": fixed,
+            "moving": moving,
+            "moved": moving,
+            "displacement": torch.zeros_like(fixed).repeat(1, self.spatial_dims, *[1] * self.spatial_dims),
+        }
+        if label is not None:
+            state["fixed_label"], state["moving_label"] = label[:, :1].to(torch.int16), label[:, 1:].to(torch.int16)
+        elif self.dice_weight > 0:
+            raise ValueError("dice_weight > 0 needs labels, and this batch has none")
+        return state
+
+    def observe(self, state: State) -> Tensor:
+        """Return (fixed, moved so far), (B, 2, *spatial)."""
+        return torch.cat([state["fixed"], state["moved"]], dim=1)
+
+    def advance(self, state: State, action: Tensor) -> State:
+        """Compose the step field ``action``, (B, d, *spatial) in voxels, and move the original image once."""
+        displacement = compose(state["displacement"], action, self.warp)
+        return state | {"displacement": displacement, "moved": self.warp(state["moving"], displacement)}
+
+    def judge(self, state: State, next_state: State) -> tuple[Tensor, Tensor]:
+        """Return the gain in score, (B,), and whether Dice has reached ``success``, (B,)."""
+        before, _ = self._score(state)
+        after, dice = self._score(next_state)
+        return self.reward_scale * (after - before), dice > self.success
+
+    def loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
+        """Return multi-scale local NCC, smoothness and, where ``dice_weight`` asks for it, soft Dice after the step."""
+        displacement = compose(state["displacement"], action, self.warp)
+        moved = self.warp(state["moving"], displacement)
+        terms = {
+            "ncc": self._multi_scale_ncc(moved, state["fixed"]),
+            "smoothness": self.smoothness_weight * self.smoothness(displacement),
+        }
+        if self.dice_weight > 0:
+            terms["dice"] = self.dice_weight * self._soft_dice(state, displacement)
+        return terms
+
+    def output(self, state: State) -> Tensor:
+        """Return the displacement field, (B, d, *spatial) in voxels."""
+        return state["displacement"]
+
+    def _score(self, state: State) -> tuple[Tensor, Tensor]:
+        folded = (jacobian_determinant(state["displacement"]) <= 0).flatten(1).float().mean(1)
+        dice = torch.full_like(folded, torch.nan)
+        if self.dice_reward and "fixed_label" in state:
+            moved = self.warp_label(state["moving_label"].float(), state["displacement"])
+            dice = mean_label_dice(moved.round(), state["fixed_label"])
+        similarity = dice
+        if dice.isnan().any():  # no labels, or none in this fixed image
+            similarity = torch.where(dice.isnan(), local_ncc(state["moved"], state["fixed"], self.ncc_window), dice)
+        return similarity - self.fold_penalty * folded, dice
+
+    def _multi_scale_ncc(self, moved: Tensor, fixed: Tensor) -> Tensor:
+        pool = F.avg_pool3d if self.spatial_dims == 3 else F.avg_pool2d
+        total = self.ncc(moved, fixed)
+        for _ in range(self.ncc_scales - 1):
+            moved, fixed = pool(moved, 2), pool(fixed, 2)
+            total = total + self.ncc(moved, fixed)
+        return total / self.ncc_scales
+
+    def _soft_dice(self, state: State, displacement: Tensor) -> Tensor:
+        values = torch.unique(state["fixed_label"])
+        values = values[values > 0].reshape(1, -1, *[1] * self.spatial_dims)
+        moving = (state["moving_label"] == values).float()
+        dice: Tensor = self.dice(self.warp(moving, displacement), (state["fixed_label"] == values).float())
+        return dice

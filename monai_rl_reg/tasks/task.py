@@ -1,0 +1,63 @@
+"""The contract between the engine and a task: the environment of the method as pure functions on batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+"""What an episode carries along; every entry is batch first."""
+
+
+class Task(nn.Module, ABC):
+    """The environment of the method.
+
+    The engine calls nothing but what stands here and knows of no task. ``image`` and ``label`` are MONAI's own pair,
+    so that ``prepare_batch``, ``SupervisedEvaluator`` and MONAI Label need no adapter. What a task needs besides
+    (a frozen feature network, a discriminator) it owns as a module of its own.
+    """
+
+    replay_keys: tuple[str, ...]
+    """The entries of the state that :meth:`observe` and :meth:`loss` read: all that the replay buffer stores."""
+
+    @abstractmethod
+    def reset(self, image: Tensor, label: Tensor | None = None) -> State:
+        """Return the first state of an episode per item of the batch."""
+
+    @abstractmethod
+    def observe(self, state: State) -> Tensor:
+        """Return what planner, actor and critics see, (B, C, *spatial)."""
+
+    @abstractmethod
+    def advance(self, state: State, action: Tensor) -> State:
+        """Return the state after the action.
+
+        Pure: entries that the action does not touch are handed back as the same objects, so that the replay buffer
+        can store those once.
+        """
+
+    @abstractmethod
+    def judge(self, state: State, next_state: State) -> tuple[Tensor, Tensor]:
+        """Return the reward (B,) of going from one state to the next, and whether that ends the episode, (B,) bool.
+
+        Terminated is never truncated: running out of steps is no business of the task.
+        """
+
+    @abstractmethod
+    def loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
+        """Return the task's own loss as named scalar terms to be summed; differentiable in the action."""
+
+    @abstractmethod
+    def output(self, state: State) -> Tensor:
+        """Return what becomes MONAI's ``pred``."""
+
+    def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
+        """Return the next state, the reward (B,) and terminated (B,): :meth:`advance`, then :meth:`judge`.
+
+        Two methods behind one, because inference advances and has no use for a reward, which may cost more than the
+        step itself or need labels that only training has.
+        """
+        next_state = self.advance(state, action)
+        reward, terminated = self.judge(state, next_state)
+        return next_state, reward, terminated

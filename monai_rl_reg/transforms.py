@@ -1,0 +1,250 @@
+"""MONAI dictionary transforms: load a case, bring a pair onto one grid, move by a field, finish on the fixed grid."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.networks.blocks import Warp
+from monai.transforms import MapTransform, Transform
+from torch import Tensor
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.geometry import (
+    identity_grid,
+    sample,
+    transform_points,
+    voxels_to_millimetres,
+    world_box,
+)
+from monai_rl_reg.nifti import read_image, read_label
+
+ALIGNMENTS = ("auto", "world", "centre")
+
+
+class LoadCased(Transform):
+    """Read ``image`` and, where there is one, ``label`` of a case, with every check of :mod:`monai_rl_reg.nifti`.
+
+    Adds ``image_file``, ``label_file`` and ``label_values``, the label values found.
+
+    Args:
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(self, spatial_dims: int = 3) -> None:
+        self.spatial_dims = spatial_dims
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the case with tensors (1, *spatial) in place of the paths."""
+        case = dict(data)
+        path = case["image"]
+        case["image_file"] = str(path)
+        case["image"] = read_image(path, spatial_dims=self.spatial_dims)
+        if "label" in case:
+            case["label_file"] = str(case["label"])
+            case["label"] = read_label(case["label_file"], case["image"], path, spatial_dims=self.spatial_dims)
+            case["label_values"] = [int(v) for v in torch.unique(case["label"].as_tensor()) if v > 0]
+        return case
+
+
+class MovingToFixedGridd(Transform):
+    """Bring moving image and label onto the fixed image's grid, and stack the pair as ``image`` and ``label``.
+
+    Each image lies where its affine says. ``align`` says how the pair is brought together first: ``world`` takes the
+    affines at their word, ``centre`` shifts the moving image so that the two grids' centres meet, and ``auto`` takes
+    the one of the two with the higher correlation of intensities. The shift becomes part of the final displacement.
+
+    Out of ``fixed, moving[, fixed_label, moving_label]`` come ``image`` (2, *spatial), ``label`` (2, *spatial),
+    and ``initial``, the (4, 4) world transform from fixed to moving space that was applied. With ``spatial_size`` in
+    the dictionary the fixed grid is cropped or padded to it, around its centre.
+
+    Args:
+        align: ``auto``, ``world`` or ``centre``.
+
+    Raises:
+        InputError: if the images do not overlap in space (and ``align`` is not ``centre``).
+    """
+
+    def __init__(self, align: str = "auto") -> None:
+        if align not in ALIGNMENTS:
+            raise ValueError(f"align must be one of {', '.join(ALIGNMENTS)}, got {align!r}")
+        self.align = align
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the pair on one grid."""
+        pair = dict(data)
+        fixed, moving = pair.pop("fixed"), pair.pop("moving")
+        d = fixed.ndim - 1
+        size = pair.pop("spatial_size", None) or tuple(fixed.shape[1:])
+        offset = torch.tensor([(n - m) // 2 for n, m in zip(fixed.shape[1:], size, strict=True)], dtype=torch.float64)
+        index = identity_grid(size) + offset.reshape(-1, *[1] * d)
+        grid_affine = fixed.affine.double().clone()
+        grid_affine[:3, 3] += grid_affine[:3, :d] @ offset
+
+        fixed_on_grid = sample(fixed.as_tensor(), index.float())
+        candidates = self._candidates(fixed, moving, pair)
+        best = None
+        for initial in candidates:
+            to_moving = (torch.linalg.inv(moving.affine.double()) @ initial @ fixed.affine.double()).float()
+            moving_index = transform_points(_reduced(to_moving, d), index.float())
+            moving_on_grid = sample(moving.as_tensor(), moving_index)
+            score = _correlation(fixed_on_grid, moving_on_grid) if len(candidates) > 1 else 0.0
+            if best is None or score > best[0] + 1e-6:
+                best = (score, initial, moving_index, moving_on_grid)
+        assert best is not None
+        _, initial, moving_index, moving_on_grid = best
+        pair["image"] = MetaTensor(torch.cat([fixed_on_grid, moving_on_grid]), affine=grid_affine)
+        pair["initial"] = initial
+        if "fixed_label" in pair:
+            labels = [
+                sample(pair.pop(f"{role}_label").as_tensor(), at, mode="nearest", outside="zeros")
+                for role, at in (("fixed", index.float()), ("moving", moving_index))
+            ]
+            pair["label"] = MetaTensor(torch.cat(labels), affine=grid_affine)
+        return pair
+
+    def _candidates(self, fixed: MetaTensor, moving: MetaTensor, pair: dict[Hashable, Any]) -> list[Tensor]:
+        d = fixed.ndim - 1
+        identity = torch.eye(4, dtype=torch.float64)
+        centred = identity.clone()
+        centres = [
+            a.affine.double()[:3, :d] @ torch.tensor([(n - 1) / 2 for n in a.shape[1:]], dtype=torch.float64)
+            + a.affine.double()[:3, 3]
+            for a in (fixed, moving)
+        ]
+        centred[:3, 3] = centres[1] - centres[0]
+        if self.align == "centre":
+            return [centred]
+        low_f, high_f = world_box(_reduced(fixed.affine.double(), d), fixed.shape[1:])
+        low_m, high_m = world_box(_reduced(moving.affine.double(), d), moving.shape[1:])
+        if (high_f < low_m).any() or (high_m < low_f).any():
+            raise InputError(
+                f"moving image {pair.get('moving_file', '')}: expected to overlap in space with the fixed image "
+                f"{pair.get('fixed_file', '')} ({_box(low_f, high_f)}), found it at {_box(low_m, high_m)}; "
+                "align=centre brings their centres together first"
+            )
+        return [identity] if self.align == "world" else [identity, centred]
+
+
+class WarpByDisplacementd(MapTransform):
+    """Move the channel ``moving`` of a (fixed, moving) stack by the displacement field ``pred`` of the same grid.
+
+    For each key (``image``, ``label``) adds the parts of the pair by name: ``fixed``, ``moving``, ``moved`` and
+    ``fixed_label``, ``moving_label``, ``moved_label``. Labels move by nearest neighbour.
+    """
+
+    def __init__(self, keys: Sequence[str] = ("image", "label"), displacement_key: str = "pred") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.displacement_key = displacement_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the moved parts added."""
+        out = dict(data)
+        field = _plain(out[self.displacement_key])[None].float()
+        for key in self.key_iterator(out):
+            if out[key] is None:
+                continue
+            stack = _plain(out[key])
+            suffix = "_label" if key == "label" else ""
+            mode = "nearest" if key == "label" else "bilinear"
+            out[f"fixed{suffix}"], out[f"moving{suffix}"] = stack[:1], stack[1:]
+            out[f"moved{suffix}"] = Warp(mode, "border")(stack[None, 1:].to(field), field)[0]
+        return out
+
+
+class FinishOnFixedGridd(Transform):
+    """Bring the result home: onto the fixed file's own grid, the moving files resampled once, from the original.
+
+    Reads the files again, since intensities were scaled and grids changed on the way in. Adds ``displacement``
+    (d, *spatial) in RAS millimetres with the initial shift inside, ``moved`` and, where there is one, ``moved_label``;
+    for pairs with both labels also ``fixed_label`` and ``unmoved_label`` (the initial shift alone).
+
+    Args:
+        spatial_dims: 2 or 3.
+        displacement_key: the field (d, *spatial) in voxels of the working grid.
+    """
+
+    def __init__(self, spatial_dims: int = 3, displacement_key: str = "pred") -> None:
+        self.spatial_dims = spatial_dims
+        self.displacement_key = displacement_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the finished parts added."""
+        out = dict(data)
+        d = self.spatial_dims
+        fixed = read_image(out["fixed_file"], spatial_dims=d)
+        moving = read_image(out["moving_file"], spatial_dims=d)
+        grid_affine, initial = out["image"].affine.double(), _plain(out["initial"]).double()
+        index = identity_grid(fixed.shape[1:])
+        out["displacement"] = MetaTensor(
+            displacement_on_grid(_plain(out[self.displacement_key]), grid_affine, initial, fixed.affine.double(), index),
+            affine=fixed.affine,
+        )
+        world = transform_points(_reduced(fixed.affine.double(), d), index)
+        to_moving = _reduced(torch.linalg.inv(moving.affine.double()), d)
+        landing = transform_points(to_moving, world + out["displacement"].as_tensor())
+        out["moved"] = MetaTensor(sample(moving.as_tensor(), landing, outside="zeros"), affine=fixed.affine)
+        if "moving_label_file" in out:
+            label = read_label(out["moving_label_file"], moving, out["moving_file"], spatial_dims=d)
+
+            def moved_label(at: Tensor) -> MetaTensor:
+                values = sample(label.as_tensor(), at, mode="nearest", outside="zeros")
+                return MetaTensor(values.to(_label_dtype(label)), affine=fixed.affine)
+
+            out["moved_label"] = moved_label(landing)
+            if "fixed_label_file" in out:
+                out["fixed_label"] = read_label(out["fixed_label_file"], fixed, out["fixed_file"], spatial_dims=d)
+                out["unmoved_label"] = moved_label(
+                    transform_points(to_moving, transform_points(_reduced(initial, d), world))
+                )
+        return out
+
+
+def displacement_on_grid(
+    displacement: Tensor, grid_affine: Tensor, initial: Tensor, fixed_affine: Tensor, index: Tensor
+) -> Tensor:
+    """Resample a working field onto the fixed image's own grid, as one field in RAS millimetres.
+
+    Args:
+        displacement: u (d, *working), in voxels of the working grid.
+        grid_affine: (4, 4) affine of the working grid, A.
+        initial: (4, 4) world transform from fixed to moving space applied beforehand, T.
+        fixed_affine: (4, 4) affine of the fixed image.
+        index: voxel coordinates of the fixed image's grid, (d, *spatial).
+
+    Returns:
+        T(x + A u) - x at the world coordinate x of every voxel, (d, *spatial).
+    """
+    d = index.shape[0]
+    world = transform_points(_reduced(fixed_affine, d), index)
+    on_working = transform_points(_reduced(torch.linalg.inv(grid_affine), d), world)
+    millimetres = voxels_to_millimetres(displacement.to(index.dtype), grid_affine)
+    # components in millimetres first, then resampled: voxel vectors of one grid mean nothing on another
+    moved = world + sample(millimetres, on_working).to(index.dtype)
+    return transform_points(_reduced(initial, d), moved) - world
+
+
+def _reduced(affine: Tensor, d: int) -> Tensor:
+    """The (d+1, d+1) part of a (4, 4) affine: NIfTI files of 2D images carry a 3D one."""
+    keep = [*range(d), 3]
+    return affine[keep][:, keep]
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    a, b = a.flatten() - a.mean(), b.flatten() - b.mean()
+    return float((a @ b) / (a.norm() * b.norm()).clamp(min=1e-12))
+
+
+def _box(low: Tensor, high: Tensor) -> str:
+    return " x ".join(f"{a:.0f}..{b:.0f}" for a, b in zip(low.tolist(), high.tolist(), strict=True)) + " mm"
+
+
+def _label_dtype(label: Tensor) -> torch.dtype:
+    top = int(label.max())
+    return torch.uint8 if top < 256 else torch.int16 if top < 2**15 else torch.int32
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.as_tensor() if isinstance(x, MetaTensor) else x

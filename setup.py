@@ -1,0 +1,31 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+test = ["pytest>=8", "mlflow>=2.15", "ruff>=0.8", "mypy>=1.10"]
+docs = ["sphinx>=7", "myst-parser>=3", "furo", "matplotlib"]
+
+setup(
+    name="monai_rl_reg",
+    version="0.1.0",
+    description="Stepwise deformable registration by reinforcement learning, as MONAI bundles",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["monai_rl_reg", "monai_rl_reg.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "monai>=1.5",
+        "torch>=2.4",
+        "nibabel",
+        "SimpleITK",
+        "itk",
+        "numpy",
+        "fire",
+        "psutil",
+        "pytorch-ignite",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={"test": test, "docs": docs},
+)
