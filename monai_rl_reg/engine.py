@@ -29,7 +29,7 @@ class ReinforcementUpdate:
         updates: updates an iteration.
         batch_size: transitions an update.
         warm_up: iterations that only collect transitions.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: the gradient of each of the optimiser's parameter groups is clipped to this norm.
     """
 
     def __init__(
@@ -89,19 +89,23 @@ class ReinforcementUpdate:
             found = {name: float(value) for name, value in terms.items()}
             raise FloatingPointError(f"the training loss is not finite at iteration {engine.state.iteration}: {found}")
         scaler = engine.scaler if engine.scaler is not None and engine.scaler.is_enabled() else None
-        parameters = [p for group in engine.optimizer.param_groups for p in group["params"] if p.requires_grad]
         if scaler is None:
             total.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            self._clip(engine.optimizer)
             engine.optimizer.step()
         else:
             scaler.scale(total).backward()
             scaler.unscale_(engine.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            self._clip(engine.optimizer)
             scaler.step(engine.optimizer)
             scaler.update()
         unwrap(loss).update_targets()
         return {Keys.LOSS: total.detach(), **{name: value.detach() for name, value in (terms | figures).items()}}
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        # by group, so that a large error of the critics does not shrink the policy's step
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
 
 
 def unwrap(loss: Any) -> SoftActorCriticLoss:

@@ -35,17 +35,26 @@ class _BoxSum(torch.autograd.Function):
 
 
 def _box_sum(x: Tensor, size: int) -> Tensor:
+    """Sum over windows by doubling: sums of 2, 4, 8, ... neighbours, added up as ``size`` reads in binary."""
     half = size // 2
     for dim in range(2, x.ndim):
-        pad = [0, 0] * (x.ndim - 1 - dim) + [half + 1, half]
-        total = F.pad(x, pad).cumsum(dim)
         n = x.shape[dim]
-        x = total.narrow(dim, size, n) - total.narrow(dim, 0, n)
+        sums = F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [half, half])
+        total, at, width = torch.zeros_like(x), 0, 1
+        while width <= size:
+            if size & width:
+                total += sums.narrow(dim, at, n)
+                at += width
+            if 2 * width <= size:
+                rest = sums.shape[dim] - width
+                sums = sums.narrow(dim, 0, rest) + sums.narrow(dim, width, rest)
+            width *= 2
+        x = total
     return x
 
 
 class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss):
-    """MONAI's local NCC loss with a rectangular window, by running sums: the same value, several times faster.
+    """MONAI's local NCC loss with a rectangular window, by box sums: the same value, several times faster.
 
     Args:
         spatial_dims: 2 or 3.

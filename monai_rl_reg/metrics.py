@@ -31,7 +31,7 @@ def label_dice(moved: Tensor, fixed: Tensor) -> Tensor:
 
     in_fixed = histogram((f + offset).flatten())
     in_moved = histogram((m + offset).flatten())
-    in_both = histogram((f + offset)[f == m])
+    in_both = histogram((torch.where(f == m, f, 0) + offset).flatten())
     return torch.where(in_fixed > 0, 2 * in_both / (in_fixed + in_moved), torch.nan)
 
 

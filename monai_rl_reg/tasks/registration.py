@@ -108,11 +108,12 @@ class RegistrationTask(Task):
         displacement = compose(state["displacement"], action, self.warp)
         return state | {"displacement": displacement, "moved": self.warp(state["moving"], displacement)}
 
-    def judge(self, state: State, next_state: State) -> tuple[Tensor, Tensor]:
-        """Return the gain in score, (B,), and whether Dice has reached ``success``, (B,)."""
-        before, _ = self._score(state)
-        after, dice = self._score(next_state)
-        return self.reward_scale * (after - before), dice > self.success
+    def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
+        """Advance; return also the gain in score, (B,), and whether Dice has reached ``success``, (B,)."""
+        after = self.advance(state, action)
+        before = state["score"] if "score" in state else self._score(state)[0]
+        after["score"], dice = self._score(after)
+        return after, self.reward_scale * (after["score"] - before), dice > self.success
 
     def loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
         """Return multi-scale local NCC, smoothness and, where ``dice_weight`` asks for it, soft Dice after the step."""

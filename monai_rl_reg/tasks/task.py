@@ -31,17 +31,17 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def advance(self, state: State, action: Tensor) -> State:
-        """Return the state after the action.
+        """Return the state after the action, without judging it: all that inference needs.
 
         Pure: entries that the action does not touch are handed back as the same objects, so that the replay buffer
         can store those once.
         """
 
     @abstractmethod
-    def judge(self, state: State, next_state: State) -> tuple[Tensor, Tensor]:
-        """Return the reward (B,) of going from one state to the next, and whether that ends the episode, (B,) bool.
+    def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
+        """Return :meth:`advance`'s state, the reward (B,) and whether the episode has terminated, (B,) bool.
 
-        Terminated is never truncated: running out of steps is no business of the task.
+        Pure as :meth:`advance` is. Terminated is never truncated: running out of steps is no business of the task.
         """
 
     @abstractmethod
@@ -51,13 +51,3 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def output(self, state: State) -> Tensor:
         """Return what becomes MONAI's ``pred``."""
-
-    def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
-        """Return the next state, the reward (B,) and terminated (B,): :meth:`advance`, then :meth:`judge`.
-
-        Two methods behind one, because inference advances and has no use for a reward, which may cost more than the
-        step itself or need labels that only training has.
-        """
-        next_state = self.advance(state, action)
-        reward, terminated = self.judge(state, next_state)
-        return next_state, reward, terminated
