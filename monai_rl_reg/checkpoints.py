@@ -73,7 +73,7 @@ class RandomState:
     def state_dict(self) -> dict[str, Any]:
         """Return the states of Python's, numpy's and torch's generators."""
         version, python, gauss = random.getstate()
-        numpy = np.random.get_state()
+        numpy: Any = np.random.get_state()
         state = {
             "python": [version, list(python), gauss],
             "numpy": [str(numpy[0]), torch.from_numpy(np.asarray(numpy[1]).astype(np.int64)), *map(float, numpy[2:])],
@@ -97,10 +97,16 @@ class RandomState:
 def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
     """Make the output folder and say its name; a run that does not resume moves an earlier one's folder aside.
 
+    Among distributed processes the first one does it and the others wait.
+
     Raises:
         InputError: if the folder cannot be made or written to.
     """
     folder = Path(output_dir)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_rank() > 0:
+        torch.distributed.barrier()
+        return folder
     try:
         if not resume and any(folder.glob("checkpoint*.pt")):
             aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -113,8 +119,12 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
             pass
         (folder / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"output {folder}: expected a folder that can be written to, found: {error.strerror}") from error
+        raise InputError(
+            f"output {folder}: expected a folder that can be written to, found: {error.strerror}"
+        ) from error
     print(f"Output folder: {folder.resolve()}")
+    if distributed:
+        torch.distributed.barrier()
     return folder
 
 
@@ -149,7 +159,8 @@ def load_policy(network: torch.nn.Module, path: str, *, map_location: str | torc
         shapes = [tuple(s[key].shape) if key in s else "none" for s in (expected, weights)]
         raise InputError(
             f"checkpoint {path}: expected the weights of this configuration's network, found another architecture "
-            f"({len(differing)} of {len(expected)} entries differ, the first is {key}: {shapes[0]} expected, {shapes[1]} found)"
+            f"({len(differing)} of {len(expected)} entries differ, the first is {key}: "
+            f"{shapes[0]} expected, {shapes[1]} found)"
         )
     network.load_state_dict(weights)
     return network

@@ -1,4 +1,4 @@
-"""Where pairs of images come from: a CSV of pairs, or a folder of cases in the Medical Segmentation Decathlon layout."""
+"""Where pairs of images come from: a CSV of pairs, or a folder of cases in the Decathlon's layout."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def split_data(
     """Return the data of ``training`` (pairs or cases) and ``validation`` (pairs).
 
     The first of these that is given is used: ``pairs``, ``dataset_dir``, a synthetic cohort made in ``phantom_dir``.
-    Validation takes ``val_pairs``; else pairs among ``val_cases``; else pairs among the last tenth of the cases (at
+    Validation takes ``val_pairs``; else pairs among ``val_cases``; else pairs among the last fifth of the cases (at
     least two), or the last tenth of the rows of ``pairs``. Cases that validation uses are left out of training.
 
     Args:
@@ -130,7 +130,12 @@ def split_data(
     return {"training": kept, "validation": validation}
 
 
-class PairDataset(Dataset):
+def evaluation_pairs(*, pairs: str | None = None, **source: Any) -> list[dict[str, str]]:
+    """Return the pairs to evaluate: those of a CSV, else the validation pairs of :func:`split_data`."""
+    return read_pairs(pairs) if pairs else split_data(**source)["validation"]
+
+
+class PairDataset(Dataset[Any]):
     """Pairs of cases, each case loaded and preprocessed once.
 
     ``data`` is a list of pairs, or a list of cases, of which every ordered pair is an item (with a shuffling loader
@@ -172,9 +177,9 @@ class PairDataset(Dataset):
             cases, case_transform, cache_rate=cache_rate, num_workers=1, progress=progress and len(cases) > 8
         )
         self.labelled = all("label" in case for case in cases)
-        if not self.labelled and any("label" in case for case in cases):
-            count = sum("label" in case for case in cases)
-            logger.warning("labels are not used: %d of %d cases have one, expected all or none", count, len(cases))
+        count = sum("label" in case for case in cases)
+        if 0 < count < len(cases) and len(cases) > 2:
+            logger.warning("labels are not compared: %d of %d cases have one, expected all or none", count, len(cases))
         self.labels: list[int] = []
         if self.labelled:
             found = [set(self.cases[i]["label_values"]) for i in range(len(cases))]
@@ -200,9 +205,10 @@ class PairDataset(Dataset):
         for role, case in (("fixed", self.cases[i]), ("moving", self.cases[j])):
             item[role] = case["image"]
             item[f"{role}_file"] = case["image_file"]
+            if "label" in case:
+                item[f"{role}_label_file"] = case["label_file"]
             if self.labelled:
                 item[f"{role}_label"] = self._indexed(case["label"])
-                item[f"{role}_label_file"] = case["label_file"]
         return self.transform(item)
 
     @property
@@ -262,7 +268,7 @@ def _stem(path: str) -> str:
 
 def _held_out(cases: list[Case], names: Sequence[str] | None, folder: str) -> list[Case]:
     if names is None:
-        return cases[-max(2, len(cases) // 10) :]
+        return cases[-max(2, len(cases) // 5) :]
     wanted = {_stem(name) for name in names}
     held_out = [case for case in cases if _stem(case["image"]) in wanted]
     lacking = wanted - {_stem(case["image"]) for case in held_out}

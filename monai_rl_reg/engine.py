@@ -67,18 +67,19 @@ class ReinforcementUpdate:
 
     def _play(self, engine: SupervisedTrainer, image: Tensor, label: Tensor | None) -> dict[str, Any]:
         loss = unwrap(engine.loss_function)
-        state = loss.task.reset(image, label)
+        policy: Any = engine.network
+        final = start = loss.task.reset(image, label)
         total, transitions = 0.0, 0
-        engine.network.eval()
+        policy.eval()
         with torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
-            for state, transition in rollout(engine.network, loss.task, state, self.steps):
+            for final, transition in rollout(policy, loss.task, start, self.steps):  # noqa: B007
                 self.replay.extend(transition)
                 total += float(transition.reward.sum())
                 transitions += len(transition.reward)
-        return {Keys.PRED: loss.task.output(state), "return": total / len(image), "transitions": transitions}
+        return {Keys.PRED: loss.task.output(final), "return": total / len(image), "transitions": transitions}
 
     def _update(self, engine: SupervisedTrainer) -> dict[str, Tensor]:
-        loss = engine.loss_function
+        loss: Any = engine.loss_function
         loss.train()
         batch = self.replay.sample(self.batch_size, device=engine.state.device)
         engine.optimizer.zero_grad(set_to_none=True)

@@ -72,9 +72,9 @@ def sample(image: Tensor, index: Tensor, *, mode: str = "bilinear", outside: str
     sizes = torch.tensor(image.shape[1:], dtype=index.dtype, device=index.device)
     spread = sizes.reshape(-1, *[1] * (index.ndim - 1))
     grid = (2 * index / (spread - 1).clamp(min=1) - 1).flip(0).movedim(0, -1)
-    out = F.grid_sample(
-        image[None].to(index.dtype), grid[None], mode=mode, padding_mode="border", align_corners=True
-    )[0].float()
+    out = F.grid_sample(image[None].to(index.dtype), grid[None], mode=mode, padding_mode="border", align_corners=True)[
+        0
+    ].float()
     if outside == "zeros":
         out = out * ((index >= -0.5) & (index <= spread - 0.5)).all(0)
     return out

@@ -54,7 +54,7 @@ class TrainingProgress:
     def _iterate(self, engine: Engine) -> None:
         if self.bar is None:
             return
-        output = engine.state.output
+        output: Any = engine.state.output
         output = output[0] if isinstance(output, list) else output
         shown = {key: f"{float(output[key]):.3f}" for key in ("loss", "return") if key in output}
         self.bar.set_postfix(shown | self.figures, refresh=False)
@@ -81,11 +81,13 @@ class EvaluationTable:
     Args:
         output_dir: where the two files go.
         spatial_dims: 2 or 3.
+        labels: label values to compare; by default all that a fixed label map has.
     """
 
-    def __init__(self, output_dir: str, *, spatial_dims: int = 3) -> None:
+    def __init__(self, output_dir: str, *, spatial_dims: int = 3, labels: Sequence[int] | None = None) -> None:
         self.output_dir = Path(output_dir)
         self.spatial_dims = spatial_dims
+        self.labels = labels
         self.rows: list[dict[str, Any]] = []
         self._started = self._seconds = 0.0
 
@@ -107,8 +109,8 @@ class EvaluationTable:
         self._seconds = time.perf_counter() - self._started
 
     def _measure(self, engine: Engine) -> None:
-        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
-            item = batch | output
+        items: list[Any] = [a | b for a, b in zip(engine.state.batch, engine.state.output, strict=True)]  # type: ignore[arg-type, call-overload]
+        for item in items:
             affine = item["displacement"].affine.double()
             d = self.spatial_dims
             voxel = torch.tensordot(
@@ -122,10 +124,10 @@ class EvaluationTable:
                 "folded_percent": float(folded_percent(voxel)),
                 "sdlogj": float(log_jacobian_std(voxel)),
                 "hd95_mm": float("nan"),
-                "seconds": self._seconds / len(engine.state.output),
+                "seconds": self._seconds / len(items),
             }
             if "fixed_label" in item:
-                row |= label_figures(item["moved_label"], item["unmoved_label"], item["fixed_label"])
+                row |= label_figures(item["moved_label"], item["unmoved_label"], item["fixed_label"], self.labels)
             self.rows.append(row)
 
     def _write(self, engine: Engine) -> None:
@@ -146,16 +148,21 @@ class EvaluationTable:
         print(f"Wrote {self.output_dir / 'metrics.csv'} and {self.output_dir / 'summary.json'}")
 
 
-def label_figures(moved: Tensor, unmoved: Tensor, fixed: Tensor) -> dict[str, float]:
+def label_figures(
+    moved: Tensor, unmoved: Tensor, fixed: Tensor, labels: Sequence[int] | None = None
+) -> dict[str, float]:
     """Return ``dice_before``, ``dice``, ``hd95_mm`` (means over the fixed map's labels) and ``dice_<label>`` each.
 
     Args:
-        moved, unmoved, fixed: label maps (1, *spatial) on the fixed grid; ``fixed`` with its affine.
+        moved: label map (1, *spatial) on the fixed grid.
+        unmoved: likewise, before the registration.
+        fixed: likewise, with its affine.
+        labels: label values to compare; by default all that ``fixed`` has.
     """
     affine = fixed.affine  # type: ignore[attr-defined]
     fixed_map, moved_map, unmoved_map = (torch.as_tensor(x).long() for x in (fixed, moved, unmoved))
     spacing = affine[:3, : fixed.ndim - 1].norm(dim=0).tolist()
-    values = [int(v) for v in torch.unique(fixed_map) if v > 0]
+    values = [int(v) for v in torch.unique(fixed_map) if v > 0 and (labels is None or int(v) in labels)]
     figures: dict[str, float] = {}
     before, distances = [], []
     for value in values:
@@ -188,8 +195,9 @@ class RegistrationWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
 
     def _write(self, engine: Engine) -> None:
-        several = len(engine.data_loader.dataset) > 1
-        for output in engine.state.output:
+        several = (engine.state.epoch_length or 1) > 1
+        results: Any = engine.state.output
+        for output in results:
             folder = self.output_dir / f"{self.count:04d}" if several else self.output_dir
             self.count += 1
             write_result(folder, output)
@@ -206,7 +214,9 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder, prefix="."))
     except OSError as error:
-        raise InputError(f"output {folder}: expected a folder that can be written to, found: {error.strerror}") from error
+        raise InputError(
+            f"output {folder}: expected a folder that can be written to, found: {error.strerror}"
+        ) from error
     try:
         affine = result["displacement"].affine
         write_image(staging / "moved.nii.gz", result["moved"], affine)

@@ -81,7 +81,9 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
         if pred.ndim - 2 != self.ndim:
             raise ValueError(f"expected {self.ndim} spatial dimensions, got pred of shape {tuple(pred.shape)}")
         if target.shape != pred.shape:
-            raise ValueError(f"expected pred and target of one shape, got {tuple(pred.shape)} and {tuple(target.shape)}")
+            raise ValueError(
+                f"expected pred and target of one shape, got {tuple(pred.shape)} and {tuple(target.shape)}"
+            )
         p, t = pred.float(), target.float()
         count = self.kernel_size**self.ndim
         p_sum, p2_sum, tp_sum = _BoxSum.apply(torch.stack([p, p * p, t * p]).flatten(0, 1), self.kernel_size).chunk(3)
@@ -100,10 +102,12 @@ class SoftActorCriticLoss(nn.Module):
 
     With d = terminated (never a time limit), Qbar the slow target critics and n the number of values in a plan::
 
-        J_Q     = E[ (Q_i(s,p) - r - gamma (1-d) (min_j Qbar_j(s',p') - alpha log pi(p'|s') / n))^2 ]   moves critics
-        J_pi    = E[ alpha log pi(p|s) / n - min_i Q_i(s,p) ]                                           moves the planner
-        J_alpha = E[ -log alpha (log pi(p|s) / n + H_target) ]                                          moves alpha
-        J_task  = the task's own loss on the action                                        moves planner and actor
+        J_Q     = E[ (Q_i(s,p) - r - gamma (1-d) (min_j Qbar_j(s',p') - alpha log pi(p'|s') / n))^2 ]
+        J_pi    = E[ alpha log pi(p|s) / n - min_i Q_i(s,p) ]
+        J_alpha = E[ -log alpha (log pi(p|s) / n + H_target) ]
+        J_task  = the task's own loss on the action
+
+    J_Q moves the critics, J_pi the planner, J_alpha the temperature, J_task planner and actor.
 
     The log-probability counts per number of the plan, so that temperature and target entropy mean the same for a
     vector of 64 as for a map of 4096; this is a rescaling of alpha.

@@ -17,7 +17,8 @@ def label_dice(moved: Tensor, fixed: Tensor) -> Tensor:
     Equal to :func:`monai.metrics.compute_dice` on one-hot maps, in one pass over the voxels instead of one a label.
 
     Args:
-        moved, fixed: (B, 1, *spatial), integer label values, 0 background.
+        moved: (B, 1, *spatial), integer label values, 0 background.
+        fixed: likewise.
 
     Returns:
         (B, L) for the values 1..L, L the largest value found; NaN where the fixed map lacks the label.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from monai.networks.blocks import Convolution
@@ -22,7 +23,9 @@ from torch.nn import functional as F
 LOG_STD_RANGE = (-5.0, 1.0)
 
 
-def _block(spatial_dims: int, in_channels: int, out_channels: int, *, stride: int = 1, kernel_size: int = 3) -> nn.Module:
+def _block(
+    spatial_dims: int, in_channels: int, out_channels: int, *, stride: int = 1, kernel_size: int = 3
+) -> nn.Module:
     # Group normalisation keeps no running statistics (rollouts and updates see different states) and, unlike
     # instance normalisation, still works where a small image leaves a single voxel.
     return Convolution(
@@ -59,8 +62,7 @@ class Planner(nn.Module):
         super().__init__()
         widths = [in_channels, *channels]
         self.levels = nn.ModuleList(
-            nn.Sequential(_block(spatial_dims, a, b, stride=2), _block(spatial_dims, b, b))
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.Sequential(_block(spatial_dims, a, b, stride=2), _block(spatial_dims, b, b)) for a, b in pairwise(widths)
         )
         self.head = nn.Sequential(
             Pool[Pool.ADAPTIVEAVG, spatial_dims](tuple(plan_grid)),
@@ -114,8 +116,8 @@ class Actor(nn.Module):
         self.upsample_first = action_stride == 1
         self.head = Convolution(spatial_dims, channels[0], out_channels, kernel_size=3, conv_only=True)
         # A first action close to zero: an untrained registration leaves the image where it is.
-        nn.init.normal_(self.head.conv.weight, std=1e-3)
-        nn.init.zeros_(self.head.conv.bias)
+        for parameter in self.head.parameters():
+            nn.init.normal_(parameter, std=1e-3) if parameter.ndim > 1 else nn.init.zeros_(parameter)
 
     def forward(self, plan: Tensor, features: list[Tensor], size: list[int]) -> Tensor:
         """Return the action (B, out_channels, *size) from the plan (B, P, *grid) and the planner's features."""
@@ -187,7 +189,8 @@ class PlannerActor(nn.Module):
         """One deterministic step: observation (B, in_channels, *spatial) to action (B, out_channels, *spatial)."""
         padded = self._pad(observation)
         mean, _, features = self.planner(padded)
-        return self._crop(self.actor(torch.tanh(mean), features, padded.shape[2:]), observation.shape[2:])
+        action = self.actor(torch.tanh(mean), features, list(padded.shape[2:]))
+        return self._crop(action, list(observation.shape[2:]))
 
     @torch.jit.unused
     def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,9 +252,7 @@ class Critic(nn.Module):
         widths = [in_channels, *channels]
         last = channels[-1]
         self.mode = "trilinear" if spatial_dims == 3 else "bilinear"
-        self.encoder = nn.Sequential(
-            *(_block(spatial_dims, a, b, stride=2) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        )
+        self.encoder = nn.Sequential(*(_block(spatial_dims, a, b, stride=2) for a, b in pairwise(widths)))
         self.film = nn.Sequential(
             Convolution(spatial_dims, plan_channels, 2 * last, kernel_size=1, conv_only=True),
             nn.LeakyReLU(0.1),

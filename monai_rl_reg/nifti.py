@@ -61,7 +61,9 @@ def read_image(path: str | Path, *, spatial_dims: int = 3, what: str = "image") 
     """Read an intensity image, (1, *spatial); besides :func:`read_volume`'s errors, a constant image is one."""
     image = read_volume(path, spatial_dims=spatial_dims, what=what)
     if image.min() == image.max():
-        raise InputError(f"{what} {path}: expected an image with contrast, found the value {float(image.min()):g} everywhere")
+        raise InputError(
+            f"{what} {path}: expected an image with contrast, found the value {float(image.min()):g} everywhere"
+        )
     return image
 
 

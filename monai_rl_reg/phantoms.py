@@ -48,7 +48,8 @@ def make_cohort(folder: str | Path, *, count: int = 24, size: int = 40, spatial_
             image, label, affine = make_case(random, size=size, spatial_dims=spatial_dims, oblique=i % 3 == 2)
             write_image(temporary / "imagesTr" / f"phantom_{i:03d}.nii.gz", image, affine)
             write_image(temporary / "labelsTr" / f"phantom_{i:03d}.nii.gz", label, affine)
-        os.replace(temporary, folder)
+        if not folder.is_dir():  # another process may have been faster
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -72,7 +73,7 @@ def make_case(
     world = transform_points(affine[keep][:, keep], identity_grid(shape))
 
     point = world / (0.5 * size)  # the anatomy fills [-1, 1]
-    point = point + torch.stack([_waves(random, d, count=6, frequency=3.0, amplitude=0.12)(point) for _ in range(d)])
+    point = point + torch.stack([_waves(random, d, count=6, frequency=3.0, amplitude=0.07)(point) for _ in range(d)])
     label = _anatomy(point)
     texture = _waves(torch.Generator().manual_seed(0), d, count=12, frequency=14.0, amplitude=0.06)
     image = torch.tensor(INTENSITIES, dtype=torch.float64)[label] + (label > 0) * texture(point)
@@ -94,8 +95,8 @@ def _anatomy(point: Tensor) -> Tensor:
     label[inside((0, 0, 0), (0.78, 0.9, 0.75))] = 1
     label[inside((0, 0, 0), (0.58, 0.7, 0.55))] = 2
     for side in (-1, 1):
-        label[inside((0.2 * side, -0.12, 0.08), (0.13, 0.36, 0.22))] = 3
-        label[inside((0.26 * side, 0.38, -0.05), (0.19, 0.17, 0.22))] = 4
+        label[inside((0.24 * side, -0.12, 0.08), (0.17, 0.36, 0.24))] = 3
+        label[inside((0.27 * side, 0.42, -0.05), (0.2, 0.17, 0.24))] = 4
     return label
 
 

@@ -59,9 +59,8 @@ class ReplayBuffer:
         rows = (self._next + torch.arange(len(transition.reward))) % self.capacity
         for key, value in entries.items():
             if value.shape[1:] != self._ring[key].shape[1:]:
-                raise ValueError(
-                    f"replay entry {key}: expected shape {tuple(self._ring[key].shape[1:])}, got {tuple(value.shape[1:])}"
-                )
+                expected, got = tuple(self._ring[key].shape[1:]), tuple(value.shape[1:])
+                raise ValueError(f"replay entry {key}: expected shape {expected}, got {got}")
             self._ring[key][rows] = value.detach().to(self._ring[key])
         self._next = int((self._next + len(rows)) % self.capacity)
         self._size = min(self._size + len(rows), self.capacity)
@@ -98,7 +97,9 @@ class ReplayBuffer:
             return torch.float16 if value.is_floating_point() and value[0].numel() > self.small else value.dtype
 
         needed = sum(self.capacity * value[0].numel() * stored(value).itemsize for value in entries.values())
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        free = (
+            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        )
         if needed > free:
             shape = max((tuple(v.shape[2:]) for k, v in entries.items() if k.startswith("state/")), default=())
             raise InputError(
@@ -111,4 +112,3 @@ class ReplayBuffer:
             for key, value in entries.items()
         }
         logger.info("replay buffer: %d transitions, %.1f MiB on %s", self.capacity, needed / 2**20, self.device)
-

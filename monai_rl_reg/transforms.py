@@ -179,7 +179,9 @@ class FinishOnFixedGridd(Transform):
         grid_affine, initial = out["image"].affine.double(), _plain(out["initial"]).double()
         index = identity_grid(fixed.shape[1:])
         out["displacement"] = MetaTensor(
-            displacement_on_grid(_plain(out[self.displacement_key]), grid_affine, initial, fixed.affine.double(), index),
+            displacement_on_grid(
+                _plain(out[self.displacement_key]), grid_affine, initial, fixed.affine.double(), index
+            ),
             affine=fixed.affine,
         )
         world = transform_points(_reduced(fixed.affine.double(), d), index)

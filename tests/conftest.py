@@ -1,0 +1,68 @@
+"""What the tests share: a small cohort, and the bundle's commands run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from monai_rl_reg.phantoms import make_cohort
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "bundles" / "rl_reg" / "configs"
+DATA = Path(os.environ.get("MONAI_RL_REG_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six small synthetic cases, two of them with oblique affines."""
+    return make_cohort(tmp_path_factory.mktemp("phantoms"), count=6, size=24)
+
+
+@pytest.fixture(scope="session")
+def hippocampus() -> Path:
+    """The real hippocampus set, where the machine has it."""
+    folder = DATA / "Task04_Hippocampus"
+    if not folder.is_dir():
+        pytest.skip(f"needs the Decathlon's Task04_Hippocampus in {folder}")
+    return folder
+
+
+def bundle_command(run_id: str, *configs: str, **overrides: object) -> list[str]:
+    """Return ``python -m monai.bundle run`` with these configs of the bundle and overrides."""
+    files = [str(CONFIGS / f"{name}.json") for name in configs]
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
+    for key, value in overrides.items():
+        command += [f"--{key}", str(value)]
+    return command
+
+
+def run_bundle(run_id: str, *configs: str, **overrides: object) -> subprocess.CompletedProcess[str]:
+    """Run a command of the bundle from the repository's root and return its exit status and output."""
+    command = bundle_command(run_id, *configs, **overrides)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+SMALL = {"max_epochs": 1, "epoch_length": 2, "val_interval": 1, "batch_size": 2, "steps": 2, "update_batch_size": 2}
+"""Overrides that make a training short."""
+
+
+@pytest.fixture(scope="session")
+def trained(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a short training on the small cohort."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    result = run_bundle("training", "train", dataset_dir=cohort, output_dir=output, **SMALL | {"epoch_length": 4})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return output
