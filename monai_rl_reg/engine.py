@@ -72,7 +72,9 @@ class ReinforcementUpdate:
         total, transitions = 0.0, 0
         policy.eval()
         with torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
-            for final, transition in rollout(policy, loss.task, start, self.steps):  # noqa: B007
+            for final, transition in rollout(  # noqa: B007
+                policy, loss.task, start, self.steps, sample=loss.reinforcement
+            ):
                 self.replay.extend(transition)
                 total += float(transition.reward.sum())
                 transitions += len(transition.reward)

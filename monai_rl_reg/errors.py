@@ -10,6 +10,15 @@ class InputError(ValueError):
     """Input that cannot be used: the message names the file, what was expected and what was found."""
 
 
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """Return the :class:`InputError` behind an exception, if there is one: MONAI wraps what transforms raise."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def report_input_errors() -> None:
     """Make an uncaught :class:`InputError` end the program with its one sentence instead of a traceback.
 
@@ -18,8 +27,9 @@ def report_input_errors() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, InputError):
-            print(f"error: {error}", file=sys.stderr)
+        found = find_input_error(error)
+        if found is not None:
+            print(f"error: {found}", file=sys.stderr)
         else:
             previous(kind, error, trace)
 

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LOG_STD_RANGE = (-5.0, 1.0)
+"""The planner's log standard deviation before squashing stays in this range."""
 
 
 def _block(
-    spatial_dims: int, in_channels: int, out_channels: int, *, stride: int = 1, kernel_size: int = 3
+    spatial_dims: int, in_channels: int, out_channels: int, *, stride: int = 1, kernel_size: int = 3, norm: bool = False
 ) -> nn.Module:
-    # Group normalisation keeps no running statistics (rollouts and updates see different states) and, unlike
-    # instance normalisation, still works where a small image leaves a single voxel.
+    # The policy goes without normalisation: it takes away how large the remaining misalignment is, and with it the
+    # network learnt several times slower. The critics keep group normalisation, which has no running statistics.
     return Convolution(
         spatial_dims,
         in_channels,
@@ -35,7 +36,7 @@ def _block(
         strides=stride,
         kernel_size=kernel_size,
         act=("LEAKYRELU", {"negative_slope": 0.1}),
-        norm=("GROUP", {"num_groups": math.gcd(4, out_channels)}),
+        norm=("GROUP", {"num_groups": math.gcd(4, out_channels)}) if norm else None,
         adn_ordering="NA",
     )
 
@@ -61,6 +62,7 @@ class Planner(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels, *channels]
+        self.log_std_low, self.log_std_high = LOG_STD_RANGE
         self.levels = nn.ModuleList(
             nn.Sequential(_block(spatial_dims, a, b, stride=2), _block(spatial_dims, b, b)) for a, b in pairwise(widths)
         )
@@ -78,8 +80,7 @@ class Planner(nn.Module):
             x = level(x)
             features.append(x)
         mean, log_std = self.head(x).float().chunk(2, dim=1)
-        low, high = LOG_STD_RANGE
-        log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1.0)
+        log_std = self.log_std_low + 0.5 * (self.log_std_high - self.log_std_low) * (torch.tanh(log_std) + 1.0)
         return mean, log_std, features
 
 
@@ -187,10 +188,15 @@ class PlannerActor(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """One deterministic step: observation (B, in_channels, *spatial) to action (B, out_channels, *spatial)."""
+        return self.decide(observation)[1]
+
+    def decide(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mode of the plan, (B, P, *grid), and the action (B, out_channels, *spatial) that follows."""
         padded = self._pad(observation)
         mean, _, features = self.planner(padded)
-        action = self.actor(torch.tanh(mean), features, list(padded.shape[2:]))
-        return self._crop(action, list(observation.shape[2:]))
+        plan = torch.tanh(mean)
+        action = self.actor(plan, features, list(padded.shape[2:]))
+        return plan, self._crop(action, list(observation.shape[2:]))
 
     @torch.jit.unused
     def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,13 +258,13 @@ class Critic(nn.Module):
         widths = [in_channels, *channels]
         last = channels[-1]
         self.mode = "trilinear" if spatial_dims == 3 else "bilinear"
-        self.encoder = nn.Sequential(*(_block(spatial_dims, a, b, stride=2) for a, b in pairwise(widths)))
+        self.encoder = nn.Sequential(*(_block(spatial_dims, a, b, stride=2, norm=True) for a, b in pairwise(widths)))
         self.film = nn.Sequential(
             Convolution(spatial_dims, plan_channels, 2 * last, kernel_size=1, conv_only=True),
             nn.LeakyReLU(0.1),
             Convolution(spatial_dims, 2 * last, 2 * last, kernel_size=1, conv_only=True),
         )
-        self.mix = _block(spatial_dims, last, last)
+        self.mix = _block(spatial_dims, last, last, norm=True)
         self.value = nn.Sequential(nn.Linear(2 * last, 2 * last), nn.LeakyReLU(0.1), nn.Linear(2 * last, 1))
 
     def forward(self, observation: Tensor, plan: Tensor) -> Tensor:

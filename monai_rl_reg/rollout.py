@@ -32,14 +32,17 @@ class Transition:
 
 
 @torch.no_grad()
-def rollout(policy: PlannerActor, task: Task, state: State, steps: int) -> Iterator[tuple[State, Transition]]:
-    """Play ``steps`` stochastic steps; an episode that ends is frozen as it is and leaves the computation.
+def rollout(
+    policy: PlannerActor, task: Task, state: State, steps: int, *, sample: bool = True
+) -> Iterator[tuple[State, Transition]]:
+    """Play ``steps`` steps, with drawn plans or with the plans' modes; an episode that ends is frozen as it is and leaves the computation.
 
     Args:
         policy: draws plans and acts.
         task: the environment.
         state: from ``task.reset``.
         steps: the time limit.
+        sample: draw the plans; False takes their modes.
 
     Yields:
         the state of the whole batch after the step, and the transition of the episodes that were live in it.
@@ -48,7 +51,8 @@ def rollout(policy: PlannerActor, task: Task, state: State, steps: int) -> Itera
     live: Tensor | None = None  # None: all
     for _ in range(steps):
         current = state if live is None else {key: value[live] for key, value in state.items()}
-        plan, _, action = policy.sample(task.observe(current))
+        observation = task.observe(current)
+        plan, action = policy.sample(observation)[::2] if sample else policy.decide(observation)
         after, reward, terminated = task.step(current, action)
         state = after if live is None else _merge(state, current, after, live)
         yield state, Transition(current, plan, reward, after, terminated)

@@ -12,6 +12,7 @@ from monai.networks.blocks import Warp
 from torch import Tensor
 from torch.nn import functional as F
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import compose, jacobian_determinant
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import local_ncc, mean_label_dice
@@ -47,7 +48,7 @@ class RegistrationTask(Task):
         *,
         ncc_window: int = 9,
         ncc_scales: int = 1,
-        smoothness_weight: float = 1.0,
+        smoothness_weight: float = 2.0,
         dice_weight: float = 0.0,
         dice_reward: bool = True,
         reward_scale: float = 10.0,
@@ -81,7 +82,7 @@ class RegistrationTask(Task):
             label: (B, 2, *spatial), integer labels of fixed and moving, or None.
 
         Raises:
-            ValueError: if the image has not two channels, or ``dice_weight`` asks for labels and there are none.
+            ValueError: if the image has not two channels or another number of dimensions.
         """
         if image.ndim != self.spatial_dims + 2 or image.shape[1] != 2:
             expected = f"(B, 2, {', '.join('XYZ'[: self.spatial_dims])})"
@@ -95,8 +96,6 @@ class RegistrationTask(Task):
         }
         if label is not None:
             state["fixed_label"], state["moving_label"] = label[:, :1].to(torch.int16), label[:, 1:].to(torch.int16)
-        elif self.dice_weight > 0:
-            raise ValueError("dice_weight > 0 needs labels, and this batch has none")
         return state
 
     def observe(self, state: State) -> Tensor:
@@ -116,7 +115,11 @@ class RegistrationTask(Task):
         return after, self.reward_scale * (after["score"] - before), dice > self.success
 
     def loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
-        """Return multi-scale local NCC, smoothness and, where ``dice_weight`` asks for it, soft Dice after the step."""
+        """Return multi-scale local NCC, smoothness and, where ``dice_weight`` asks for it, soft Dice after the step.
+
+        Raises:
+            InputError: if ``dice_weight`` asks for labels and there are none.
+        """
         displacement = compose(state["displacement"], action, self.warp)
         moved = self.warp(state["moving"], displacement)
         terms = {
@@ -124,6 +127,8 @@ class RegistrationTask(Task):
             "smoothness": self.smoothness_weight * self.smoothness(displacement),
         }
         if self.dice_weight > 0:
+            if "fixed_label" not in state:
+                raise InputError(f"dice_weight {self.dice_weight:g}: expected labels in training, found pairs without")
             terms["dice"] = self.dice_weight * self._soft_dice(state, displacement)
         return terms
 

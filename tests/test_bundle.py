@@ -1,0 +1,229 @@
+"""The bundle's commands as a user runs them, and MONAI's own checks of a bundle."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, SMALL, bundle_command, run_bundle
+from monai.bundle import ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+
+from monai_rl_reg.checkpoints import latest_checkpoint
+
+COLUMNS = ["fixed", "moving", "dice_before", "dice", "folded_percent", "sdlogj", "hd95_mm", "seconds"]
+
+
+def write_pairs(path: Path, cohort: Path, *names: tuple[str, str], labels: bool = True) -> Path:
+    rows = ["fixed,moving" + (",fixed_label,moving_label" if labels else "")]
+    for fixed, moving in names:
+        row = [f"{cohort}/imagesTr/{name}.nii.gz" for name in (fixed, moving)]
+        row += [f"{cohort}/labelsTr/{name}.nii.gz" for name in (fixed, moving)] if labels else []
+        rows.append(",".join(row))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_training_leaves_checkpoints_weights_and_logs(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"checkpoint_epoch=1.pt", "checkpoint_final.pt", "model.pt"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.startswith("tmp") for name in names)
+
+
+def test_training_shows_validation_dice(cohort: Path, tmp_path: Path) -> None:
+    result = run_bundle("run", "train", dataset_dir=cohort, output_dir=tmp_path / "run", **SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "dice_before" in result.stderr
+    assert f"Output folder: {tmp_path / 'run'}" in result.stdout
+
+
+def test_training_again_keeps_the_earlier_run(cohort: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        result = run_bundle("training", "train", dataset_dir=cohort, output_dir=tmp_path / "run", **SMALL)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list(tmp_path.glob("run*/model.pt"))) == 2
+
+
+@pytest.mark.parametrize("overrides", [{"reinforcement": False}, {"dice_reward": False}, {"dice_weight": 1.0}])
+def test_training_variants(overrides: dict[str, object], cohort: Path, tmp_path: Path) -> None:
+    settings = SMALL | {"dataset_dir": cohort, "output_dir": tmp_path / "run"} | overrides
+    result = run_bundle("training", "train", **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoint_final.pt").is_file()
+
+
+def test_training_without_labels(cohort: Path, tmp_path: Path) -> None:
+    names = [f"phantom_{i:03d}" for i in range(6)]
+    pairs = write_pairs(tmp_path / "pairs.csv", cohort, *zip(names, names[1:]), labels=False)
+    result = run_bundle("training", "train", pairs=pairs, output_dir=tmp_path / "run", **SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run" / "model.pt").is_file()
+
+
+def test_training_in_2d(tmp_path: Path) -> None:
+    settings = SMALL | {"spatial_dims": 2, "output_dir": tmp_path / "run"}
+    result = run_bundle("training", "train", **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    cohort = next((tmp_path / "phantoms").iterdir())
+    result = run_bundle(
+        "run",
+        "inference",
+        spatial_dims=2,
+        fixed=cohort / "imagesTr" / "phantom_002.nii.gz",
+        moving=cohort / "imagesTr" / "phantom_001.nii.gz",
+        ckpt=tmp_path / "run" / "model.pt",
+        output_dir=tmp_path / "out",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "out" / "displacement.nii.gz").is_file()
+
+
+def test_evaluating_writes_the_table_and_its_means(cohort: Path, trained: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.csv", cohort, ("phantom_000", "phantom_001"), ("phantom_002", "phantom_000"))
+    ckpt = trained / "model.pt"
+    result = run_bundle("evaluating", "train", "evaluate", pairs=pairs, ckpt=ckpt, output_dir=tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-3000:]
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [*COLUMNS, "dice_1", "dice_2", "dice_3", "dice_4"]
+    assert len(rows) == 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for name in list(rows[0])[2:]:
+        mean = sum(float(row[name]) for row in rows) / len(rows)
+        assert summary[name] == pytest.approx(mean, rel=1e-4), name
+    assert summary["dice"] == pytest.approx(sum(summary[f"dice_{i}"] for i in range(1, 5)) / 4, rel=1e-4)
+
+
+def test_evaluating_without_labels(cohort: Path, trained: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.csv", cohort, ("phantom_000", "phantom_001"), labels=False)
+    ckpt = trained / "model.pt"
+    result = run_bundle("run", "train", "evaluate", pairs=pairs, ckpt=ckpt, output_dir=tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-3000:]
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        row = next(csv.DictReader(file))
+    assert list(row) == COLUMNS
+    assert row["dice"] == ""
+    assert float(row["folded_percent"]) >= 0
+
+
+def test_killed_training_resumes(cohort: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    settings = SMALL | {"max_epochs": 200, "epoch_length": 1, "val_interval": 1000, "dataset_dir": cohort}
+    command = bundle_command("training", "train", output_dir=output, **settings)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("checkpoint_epoch=*.pt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = latest_checkpoint(str(output))
+    assert newest is not None
+    for path in output.glob("checkpoint*.pt"):  # whatever moment the kill hit: all of them whole
+        torch.load(path, weights_only=True)
+    saved = torch.load(newest, weights_only=True)
+    epoch = saved["trainer"]["iteration"]
+
+    settings["max_epochs"] = epoch + 1
+    result = run_bundle("training", "train", output_dir=output, resume=True, **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"Resuming from {newest}" in result.stdout
+    resumed = torch.load(output / "checkpoint_final.pt", weights_only=True)
+    assert resumed["trainer"]["iteration"] == epoch + 1
+    assert int(resumed["loss"]["updates"]) == int(saved["loss"]["updates"])  # one iteration of refilling the replay
+    step = [s["state"][0]["step"] for s in (saved["optimizer"], resumed["optimizer"]) if s["state"]]
+    assert len(set(map(float, step))) <= 1
+    assert {"python", "numpy", "torch"} <= set(resumed["random"])
+
+
+def test_resuming_nothing_starts_afresh(cohort: Path, tmp_path: Path) -> None:
+    result = run_bundle("training", "train", dataset_dir=cohort, output_dir=tmp_path / "run", resume=True, **SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "starting from the beginning" in result.stdout
+
+
+def test_two_processes_end_with_equal_weights(cohort: Path, tmp_path: Path) -> None:
+    files = str([str(CONFIGS / f"{name}.json") for name in ("train", "multi_gpu_train")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command += ["-m", "monai.bundle", "run", "training", "--config_file", files]
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    settings = SMALL | {"epoch_length": 4, "dataset_dir": cohort, "output_dir": tmp_path / "run"}
+    settings["finalize"] = (
+        f"['$torch.save(@loss.state_dict(), \"{weights}/\" + str(@rank) + \".pt\")', '$dist.destroy_process_group()']"
+    )
+    for key, value in settings.items():
+        command += [f"--{key}", str(value)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(weights / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first.keys() == second.keys()
+    assert int(first["updates"]) > 0
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    assert (tmp_path / "run" / "model.pt").is_file()
+
+
+def test_mlflow_tracking(cohort: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    settings = SMALL | {"dataset_dir": cohort, "output_dir": tmp_path / "run", "tracking": "mlflow"}
+    result = run_bundle("training", "train", **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    import mlflow
+    from monai.utils import path_to_sqlite_uri
+
+    mlflow.set_tracking_uri(path_to_sqlite_uri(tmp_path / "run" / "mlruns.db"))
+    runs = mlflow.search_runs(search_all_experiments=True)
+    assert {"metrics.dice", "metrics.dice_before"} <= set(runs.columns)
+
+
+@pytest.mark.parametrize(
+    ("configs", "kind"), [(["train"], "train"), (["inference"], "infer"), (["train", "multi_gpu_train"], "train")]
+)
+def test_monai_finds_the_properties_it_requires(configs: list[str], kind: str) -> None:
+    workflow = ConfigWorkflow(config_file=[str(CONFIGS / f"{name}.json") for name in configs], workflow_type=kind)
+    workflow.parser.parse(reset=True)
+    assert workflow.check_properties() == []
+
+
+def test_monai_verifies_the_metadata(tmp_path: Path) -> None:
+    # the schema lives on the network: what it requires, as of 20240725
+    required = ["version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task"]
+    required += ["description", "authors", "copyright", "network_data_format"]
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "required": required}))
+    pytest.importorskip("jsonschema")
+    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema), create_dir=False)
+
+
+def test_monai_verifies_the_network() -> None:
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / "inference.json"),
+        any=40,
+        device="cpu",
+    )
+
+
+def test_monai_exports_the_network(trained: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "model.ts"
+    ckpt_export(
+        net_id="network_def",
+        filepath=str(exported),
+        ckpt_file=str(trained / "model.pt"),
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / "inference.json"),
+        key_in_ckpt="network",
+    )
+    network = torch.jit.load(exported)
+    assert network(torch.rand(1, 2, 20, 17, 24)).shape == (1, 3, 20, 17, 24)

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from torch.nn import functional as F
+
+from monai_rl_reg.networks import PlannerActor, TwinCritic
+
+CHANNELS = (8, 16)  # two levels: a stride of 4
+SIZES = [(8, 12), (9, 7), (3, 2), (1, 1), (8, 4, 8), (9, 7, 5), (3, 2, 1), (1, 1, 1)]
+GRIDS = [(2, None), (2, (3, 2)), (3, None), (3, (2, 1, 3))]
+
+
+def make_policy(spatial_dims: int, **options: Any) -> PlannerActor:
+    options = {"channels": CHANNELS, "plan_channels": 3} | options
+    return PlannerActor(spatial_dims, 2, spatial_dims, **options)
+
+
+def make_observation(size: Sequence[int], batch: int = 2) -> Tensor:
+    return torch.rand(batch, 2, *size)
+
+
+def enlarge_action(policy: PlannerActor, factor: float) -> None:
+    with torch.no_grad():
+        policy.actor.head.conv.weight.mul_(factor)
+
+
+def small_observation(spatial_dims: int) -> Tensor:
+    return make_observation((9, 7, 5)[:spatial_dims])
+
+
+@pytest.mark.parametrize("action_stride", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_action_has_the_size_of_the_observation(size: tuple[int, ...], action_stride: int, batch: int) -> None:
+    policy = make_policy(len(size), action_stride=action_stride)
+    observation = make_observation(size, batch)
+    expected = (batch, len(size), *size)
+    assert policy(observation).shape == expected
+    assert policy.sample(observation)[2].shape == expected
+
+
+@pytest.mark.parametrize(("size", "padded"), [((9, 7), (12, 8)), ((9, 7, 5), (12, 8, 8))])
+def test_odd_sizes_are_filled_up_by_repeating_the_edge(size: tuple[int, ...], padded: tuple[int, ...]) -> None:
+    policy = make_policy(len(size))
+    enlarge_action(policy, 100)
+    observation = make_observation(size)
+    pads = [pad for old, new in zip(size[::-1], padded[::-1], strict=True) for pad in (0, new - old)]
+    action = policy(F.pad(observation, pads, mode="replicate"))
+    torch.testing.assert_close(policy(observation), action[(..., *(slice(n) for n in size))])
+
+
+@pytest.mark.parametrize("action_stride", [1, 2])
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_action_is_bounded_and_reaches_its_bound(spatial_dims: int, action_stride: int) -> None:
+    policy = make_policy(spatial_dims, action_bound=2.5, action_stride=action_stride)
+    enlarge_action(policy, 1e5)
+    largest = policy(small_observation(spatial_dims)).abs().max().item()
+    assert largest <= 2.5
+    assert largest > 2.4
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_untrained_policy_hardly_acts(spatial_dims: int) -> None:
+    policy = make_policy(spatial_dims, action_bound=5.0)
+    action = policy(small_observation(spatial_dims))
+    assert 0 < action.abs().max() < 0.05 * 5.0
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_forward_is_deterministic(spatial_dims: int) -> None:
+    policy = make_policy(spatial_dims).train()
+    enlarge_action(policy, 100)
+    observation = small_observation(spatial_dims)
+    first = policy(observation)
+    torch.manual_seed(1)
+    assert torch.equal(policy(observation), first)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_forward_carries_out_the_mode_of_the_plan(spatial_dims: int) -> None:
+    policy = make_policy(spatial_dims)
+    enlarge_action(policy, 100)
+    observation = make_observation((8, 12, 4)[:spatial_dims])
+    mode = torch.tanh(policy.planner(observation)[0])
+    torch.testing.assert_close(policy(observation), policy.act(observation, mode))
+
+
+def test_action_of_an_item_is_independent_of_its_batch() -> None:
+    policy = make_policy(2)
+    enlarge_action(policy, 100)
+    observation = make_observation((9, 7), batch=3)
+    torch.testing.assert_close(policy(observation)[1:2], policy(observation[1:2]))
+
+
+@pytest.mark.parametrize(("spatial_dims", "plan_grid"), GRIDS)
+def test_log_prob_is_that_of_a_tanh_squashed_normal(spatial_dims: int, plan_grid: tuple[int, ...] | None) -> None:
+    policy = make_policy(spatial_dims, plan_grid=plan_grid)
+    observation = make_observation((8, 12, 4)[:spatial_dims])
+    plan, log_prob, _ = policy.sample(observation)
+    mean, log_std, _ = policy.planner(observation)
+    reference = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
+    torch.testing.assert_close(log_prob, reference.log_prob(plan).flatten(1).sum(1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("spatial_dims", "plan_grid"), GRIDS)
+def test_plan_has_its_declared_shape(spatial_dims: int, plan_grid: tuple[int, ...] | None) -> None:
+    policy = make_policy(spatial_dims, plan_grid=plan_grid)
+    grid = plan_grid or (1,) * spatial_dims
+    assert policy.plan_shape == (3, *grid)
+    plan, log_prob, _ = policy.sample(small_observation(spatial_dims))
+    assert plan.shape == (2, 3, *grid)
+    assert log_prob.shape == (2,)
+
+
+def test_plan_lies_between_minus_one_and_one() -> None:
+    policy = make_policy(2, plan_channels=64)
+    with torch.no_grad():
+        policy.planner.head[-1].conv.bias[:64] = torch.linspace(-3, 3, 64)
+    plan = torch.cat([policy.plan(make_observation((8, 8)))[0] for _ in range(20)])
+    assert plan.abs().max() < 1
+    assert plan.min() < -0.9
+    assert plan.max() > 0.9
+
+
+def test_log_prob_of_a_saturated_plan_is_finite() -> None:
+    policy = make_policy(2)
+    torch.nn.init.constant_(policy.planner.head[-1].conv.bias, 50.0)
+    assert policy.plan(make_observation((8, 8)))[1].isfinite().all()
+
+
+def test_plan_varies_between_draws() -> None:
+    policy = make_policy(2)
+    observation = make_observation((8, 8))
+    assert not torch.allclose(policy.plan(observation)[0], policy.plan(observation)[0])
+
+
+@pytest.mark.parametrize("channels", [(8, 16), (4, 4)])
+def test_plan_depends_on_the_observation(channels: tuple[int, ...]) -> None:
+    mean = make_policy(2, channels=channels).planner(make_observation((8, 8)))[0]
+    assert not torch.allclose(mean[0], mean[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(("spatial_dims", "plan_grid"), GRIDS)
+def test_act_carries_out_the_plan_that_was_drawn(spatial_dims: int, plan_grid: tuple[int, ...] | None) -> None:
+    policy = make_policy(spatial_dims, plan_grid=plan_grid)
+    enlarge_action(policy, 100)
+    observation = small_observation(spatial_dims)
+    plan, _, action = policy.sample(observation)
+    torch.testing.assert_close(policy.act(observation, plan), action)
+    assert not torch.allclose(policy.act(observation, -plan), action, atol=1e-3)
+
+
+def test_gradient_of_the_action_reaches_mean_and_spread_of_the_plan() -> None:
+    policy = make_policy(2)
+    policy.sample(make_observation((8, 8)))[2].sum().backward()
+    mean, log_std = policy.planner.head[-1].conv.bias.grad.chunk(2)
+    assert (mean != 0).all()
+    assert (log_std != 0).all()
+
+
+@pytest.mark.parametrize("action_stride", [1, 2])
+@pytest.mark.parametrize("size", [(9, 7), (8, 8), (9, 7, 5)])
+def test_scripted_policy_gives_the_same_action(size: tuple[int, ...], action_stride: int) -> None:
+    policy = make_policy(len(size), action_stride=action_stride).eval()
+    enlarge_action(policy, 100)
+    observation = make_observation(size)
+    torch.testing.assert_close(torch.jit.script(policy)(observation), policy(observation))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((4, 2, 4), {}, "spatial_dims must be 2 or 3, got 4"),
+        ((2, 2, 2), {"action_stride": 3}, "action_stride must be 1 or 2, got 3"),
+        ((2, 2, 2), {"channels": (8,)}, "channels must name at least two levels"),
+        ((3, 2, 3), {"plan_grid": (2, 2)}, "plan_grid must have 3 entries"),
+    ],
+)
+def test_constructor_refuses(arguments: tuple[int, int, int], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlannerActor(*arguments, **options)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_critics_give_two_values_an_item(size: tuple[int, ...]) -> None:
+    critic = TwinCritic(len(size), 2, 3, channels=CHANNELS)
+    plan = torch.rand(2, 3, *[1] * len(size))
+    assert critic(make_observation(size), plan).shape == (2, 2)
+
+
+def test_critics_are_independent() -> None:
+    values = TwinCritic(2, 2, 3, channels=CHANNELS)(make_observation((8, 8)), torch.rand(2, 3, 1, 1))
+    assert not torch.allclose(values[:, 0], values[:, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize(("spatial_dims", "plan_grid"), GRIDS)
+def test_gradient_of_the_value_by_the_plan_differs_between_states(
+    spatial_dims: int, plan_grid: tuple[int, ...] | None
+) -> None:
+    critic = TwinCritic(spatial_dims, 2, 3, channels=CHANNELS)
+    observation = small_observation(spatial_dims)
+    plan = torch.rand(1, 3, *(plan_grid or (1,) * spatial_dims)).repeat(2, *[1] * (spatial_dims + 1))
+    plan.requires_grad_()
+    critic(observation, plan).amin(1).sum().backward()
+    first, second = plan.grad
+    assert first.abs().max() > 1e-4
+    assert not torch.allclose(first, second, rtol=0.05)
