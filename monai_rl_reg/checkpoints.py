@@ -113,6 +113,8 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
             folder.rename(aside)
             print(f"Moved the earlier run in {folder} to {aside}")
         folder.mkdir(parents=True, exist_ok=True)
+        for outdated in sorted(folder.glob("checkpoint_epoch=*.pt"), key=lambda path: path.stat().st_mtime)[:-2]:
+            outdated.unlink()  # the process that saved them is gone, and with it its count of what to keep
         for leftover in folder.glob("tmp*"):  # of a save that was killed
             leftover.unlink()
         with replacing(folder / ".writable"):

@@ -90,7 +90,8 @@ def split_data(
 
     The first of these that is given is used: ``pairs``, ``dataset_dir``, a synthetic cohort made in ``phantom_dir``.
     Validation takes ``val_pairs``; else pairs among ``val_cases``; else pairs among the last fifth of the cases (at
-    least two), or the last tenth of the rows of ``pairs``. Cases that validation uses are left out of training.
+    least two), or the last tenth of the rows of ``pairs``. Cases of ``val_pairs`` or ``val_cases`` are left out of
+    training; rows of ``pairs`` alone may share images with each other.
 
     Args:
         pairs: CSV of training pairs.
@@ -130,9 +131,35 @@ def split_data(
     return {"training": kept, "validation": validation}
 
 
-def evaluation_pairs(*, pairs: str | None = None, **source: Any) -> list[dict[str, str]]:
+def evaluation_pairs(*, pairs: str | None = None, val_pairs: str | None = None, **source: Any) -> list[Pair]:
     """Return the pairs to evaluate: those of a CSV, else the validation pairs of :func:`split_data`."""
-    return read_pairs(pairs) if pairs else split_data(**source)["validation"]
+    chosen = pairs or val_pairs
+    return read_pairs(chosen) if chosen else split_data(**source)["validation"]
+
+
+def one_pair(
+    *,
+    fixed: str | None = None,
+    moving: str | None = None,
+    fixed_label: str | None = None,
+    moving_label: str | None = None,
+    phantom_dir: str = "phantoms",
+    spatial_dims: int = 3,
+) -> list[Pair]:
+    """Return the pair to register; two cases of the synthetic cohort where neither image is given.
+
+    Raises:
+        InputError: if only one of the images is given.
+    """
+    if not fixed and not moving:
+        cases = read_cases(make_cohort(phantom_dir, spatial_dims=spatial_dims))
+        print(f"No pair given: registering {cases[1]['image']} to {cases[0]['image']}")
+        fixed, moving = cases[0]["image"], cases[1]["image"]
+        fixed_label, moving_label = cases[0]["label"], cases[1]["label"]
+    if not fixed or not moving:
+        raise InputError(f"registration: expected a fixed and a moving image, found fixed={fixed}, moving={moving}")
+    files = {"fixed": fixed, "moving": moving, "fixed_label": fixed_label, "moving_label": moving_label}
+    return [{role: str(path) for role, path in files.items() if path}]
 
 
 class PairDataset(Dataset[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,8 +50,13 @@ class ReinforcementUpdate:
         self.warm_up = warm_up
         self.max_grad_norm = max_grad_norm
 
-    def __call__(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
-        """Play and learn from one batch; returns MONAI's ``image label pred loss`` with ``return`` and every term."""
+    def __call__(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> list[dict[str, Any]]:
+        """Play and learn from one batch.
+
+        Returns:
+            one dictionary for the batch, in a list as MONAI's handlers expect it after decollation: MONAI's
+            ``image label pred loss``, the mean ``return`` of the episodes, and every term of the loss.
+        """
         image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
         engine.state.output = {Keys.IMAGE: image, Keys.LABEL: label}
         engine.state.output |= self._play(engine, _plain(image), None if label is None else _plain(label))
@@ -60,10 +66,10 @@ class ReinforcementUpdate:
         for _ in range(updates):
             for name, value in self._update(engine).items():
                 figures.setdefault(name, []).append(value)
-        engine.state.output[Keys.LOSS] = 0.0
+        engine.state.output[Keys.LOSS] = math.nan  # of the iterations that only collect
         engine.state.output |= {name: float(torch.stack(values).mean()) for name, values in figures.items()}
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
-        return engine.state.output  # type: ignore[no-any-return]
+        return [engine.state.output]
 
     def _play(self, engine: SupervisedTrainer, image: Tensor, label: Tensor | None) -> dict[str, Any]:
         loss = unwrap(engine.loss_function)
@@ -116,9 +122,9 @@ def unwrap(loss: Any) -> SoftActorCriticLoss:
     return getattr(loss, "module", loss)  # type: ignore[no-any-return]
 
 
-def scalars(output: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers in an iteration's output: what is worth logging."""
-    return {name: float(value) for name, value in output.items() if isinstance(value, (int, float))}
+def scalars(output: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the numbers in an iteration's output, named ``train/...``: what is worth logging."""
+    return {f"train/{name}": float(value) for name, value in output[0].items() if isinstance(value, (int, float))}
 
 
 def _plain(x: Tensor) -> Tensor:

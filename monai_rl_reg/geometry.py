@@ -69,15 +69,16 @@ def sample(image: Tensor, index: Tensor, *, mode: str = "bilinear", outside: str
     Returns:
         (C, *shape) in fp32.
     """
-    sizes = torch.tensor(image.shape[1:], dtype=index.dtype, device=index.device)
-    spread = sizes.reshape(-1, *[1] * (index.ndim - 1))
-    grid = (2 * index / (spread - 1).clamp(min=1) - 1).flip(0).movedim(0, -1)
+    d, shape = index.shape[0], index.shape[1:]
+    index = index.reshape(d, -1)
+    spread = torch.tensor(image.shape[1:], dtype=index.dtype, device=index.device)[:, None]
+    grid = (2 * index / (spread - 1).clamp(min=1) - 1).flip(0).T.reshape(-1, *[1] * (d - 1), d)
     out = F.grid_sample(image[None].to(index.dtype), grid[None], mode=mode, padding_mode="border", align_corners=True)[
         0
     ].float()
     if outside == "zeros":
-        out = out * ((index >= -0.5) & (index <= spread - 0.5)).all(0)
-    return out
+        out = out * ((index >= -0.5) & (index <= spread - 0.5)).all(0).reshape(out.shape[1:])
+    return out.reshape(-1, *shape)
 
 
 def voxels_to_millimetres(displacement: Tensor, affine: Tensor) -> Tensor:
@@ -94,8 +95,12 @@ def ras_to_lps(vectors: Tensor) -> Tensor:
 
 
 def world_box(affine: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest world coordinate, (d,) each, that a grid's voxel centres reach."""
-    d = len(shape)
+    """Return the smallest and the largest world coordinate, (d,) each, that a grid's voxel centres reach.
+
+    Args:
+        affine: (d+1, d+1).
+        shape: of the grid, d sizes.
+    """
     corners = torch.cartesian_prod(*[torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in shape]).T
-    world = transform_points(affine[: d + 1, : d + 1].double(), corners.reshape(d, -1))
+    world = transform_points(affine.double(), corners.reshape(len(shape), -1))
     return world.amin(1), world.amax(1)

@@ -32,10 +32,13 @@ class TrainingProgress:
         metrics: names of its metrics to show.
     """
 
-    def __init__(self, evaluator: Engine | None = None, metrics: Sequence[str] = ("dice_before", "dice")) -> None:
+    def __init__(
+        self, evaluator: Engine | None = None, metrics: Sequence[str] = ("dice_before", "dice", "ncc")
+    ) -> None:
         self.evaluator = evaluator
         self.metrics = metrics
         self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
         self.figures: dict[str, str] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -55,15 +58,16 @@ class TrainingProgress:
         if self.bar is None:
             return
         output: Any = engine.state.output
-        output = output[0] if isinstance(output, list) else output
-        shown = {key: f"{float(output[key]):.3f}" for key in ("loss", "return") if key in output}
-        self.bar.set_postfix(shown | self.figures, refresh=False)
+        figures = {key: float(output[0].get(key, np.nan)) for key in ("loss", "return")}
+        self.shown = {key: f"{value:.3f}" for key, value in figures.items() if np.isfinite(value)}
+        self.bar.set_postfix(self.shown | self.figures, refresh=False)
         self.bar.update()
 
     def _validated(self, engine: Engine) -> None:
         self.figures = {n: f"{engine.state.metrics[n]:.4f}" for n in self.metrics if n in engine.state.metrics}
         if self.bar is not None and self.figures:
             self.bar.write("validation: " + ", ".join(f"{name} {value}" for name, value in self.figures.items()))
+            self.bar.set_postfix(self.shown | self.figures)
 
     def _close(self, engine: Engine) -> None:
         if self.bar is not None:

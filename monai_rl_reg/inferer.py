@@ -35,10 +35,8 @@ class StepwiseInferer(Inferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return the output for inputs (B, C, *spatial); for registration the displacement (B, d, *spatial)."""
-        state = self.task.reset(_plain(inputs))
-        for state in self.trajectory(inputs, network):  # noqa: B007 - the last state is what counts
-            pass
-        return self.task.output(state)
+        *_, last = self.trajectory(inputs, network)
+        return self.task.output(last)
 
     def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
         """Yield the first state and the state after every step."""

@@ -91,7 +91,8 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
         cross = tp_sum - p_sum * t_sum / count
         t_var = (t2_sum - t_sum * t_sum / count).clamp(min=self.smooth_dr)
         p_var = (p2_sum - p_sum * p_sum / count).clamp(min=self.smooth_dr)
-        ncc = (cross * cross + self.smooth_nr) / (t_var * p_var)
+        # Cauchy-Schwarz bounds it by 1, but for the rounding of two nearly equal sums in flat regions
+        ncc = ((cross * cross + self.smooth_nr) / (t_var * p_var)).clamp(max=1.0)
         if self.reduction == "mean":
             return -ncc.mean()
         return -ncc.sum() if self.reduction == "sum" else -ncc
@@ -179,7 +180,7 @@ class SoftActorCriticLoss(nn.Module):
         # J_pi: critics frozen by detached parameters, so that one backward serves all terms
         frozen = {name: value.detach() for name, value in self.critic.named_parameters()}
         plan_value = functional_call(self.critic, frozen, (observation, plan)).amin(1)
-        active = float(int(self.updates) >= self.planner_warm_up)
+        active = (self.updates >= self.planner_warm_up).float()
         planner_loss = active * self.planner_weight * (temperature * log_prob - plan_value).mean()
 
         # J_alpha

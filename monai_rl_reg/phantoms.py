@@ -36,7 +36,7 @@ def make_cohort(folder: str | Path, *, count: int = 24, size: int = 40, spatial_
     Returns:
         the folder of this cohort.
     """
-    folder = Path(folder) / f"cohort_{spatial_dims}d_{count}x{size}_seed{seed}"
+    folder = Path(os.path.normpath(folder)) / f"cohort_{spatial_dims}d_{count}x{size}_seed{seed}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -56,11 +56,12 @@ class ReplayBuffer:
             self._allocate(entries)
         if entries.keys() != self._ring.keys():
             raise ValueError(f"expected the entries {sorted(self._ring)}, got {sorted(entries)}")
+        for key, value in entries.items():
+            expected, got = tuple(self._ring[key].shape[1:]), tuple(value.shape[1:])
+            if expected != got:
+                raise ValueError(f"replay entry {key}: expected shape {expected}, got {got}")
         rows = (self._next + torch.arange(len(transition.reward))) % self.capacity
         for key, value in entries.items():
-            if value.shape[1:] != self._ring[key].shape[1:]:
-                expected, got = tuple(self._ring[key].shape[1:]), tuple(value.shape[1:])
-                raise ValueError(f"replay entry {key}: expected shape {expected}, got {got}")
             self._ring[key][rows] = value.detach().to(self._ring[key])
         self._next = int((self._next + len(rows)) % self.capacity)
         self._size = min(self._size + len(rows), self.capacity)

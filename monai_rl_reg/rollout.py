@@ -35,7 +35,7 @@ class Transition:
 def rollout(
     policy: PlannerActor, task: Task, state: State, steps: int, *, sample: bool = True
 ) -> Iterator[tuple[State, Transition]]:
-    """Play ``steps`` steps, with drawn plans or with the plans' modes; an episode that ends is frozen as it is and leaves the computation.
+    """Play ``steps`` steps; an episode that ends is frozen as it is and leaves the computation.
 
     Args:
         policy: draws plans and acts.
@@ -63,7 +63,7 @@ def rollout(
                 return
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def follow(policy: PlannerActor, task: Task, state: State, steps: int, *, sample: bool = False) -> Iterator[State]:
     """Yield the states of ``steps`` steps without judging them; the plan's mode, or with ``sample`` a drawn plan."""
     for _ in range(steps):

@@ -69,7 +69,7 @@ class MovingToFixedGridd(Transform):
 
     def __init__(self, align: str = "auto") -> None:
         if align not in ALIGNMENTS:
-            raise ValueError(f"align must be one of {', '.join(ALIGNMENTS)}, got {align!r}")
+            raise InputError(f"align: expected one of {', '.join(ALIGNMENTS)}, found {align!r}")
         self.align = align
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

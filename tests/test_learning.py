@@ -20,8 +20,8 @@ from monai_rl_reg.tasks.task import State, Task
 
 SIZE = (32, 32)
 STEPS = 3
-# Seeds 0 to 3 rose from 0.41 by 0.35 to 0.42; an untrained policy rises by less than 0.03.
-EXPECTED_RISE = 0.25
+# With seeds 0 to 3 it rose from 0.41 by 0.38 to 0.41; an untrained policy rises by less than 0.01.
+EXPECTED_RISE = 0.3
 
 
 def make_pairs(cases: int, seed: int) -> list[dict[str, Tensor]]:
@@ -80,7 +80,7 @@ def test_registration_of_held_out_pairs_is_learnt(reinforcement: bool) -> None:
     )
     trainer.run()
     _, trained, folded = register(policy, task, held_out)
-    assert untrained < before + 0.1
+    assert untrained < before + 0.05
     assert trained > before + EXPECTED_RISE
     assert folded < 1
 

@@ -88,7 +88,10 @@ def test_forward_carries_out_the_mode_of_the_plan(spatial_dims: int) -> None:
     enlarge_action(policy, 100)
     observation = make_observation((8, 12, 4)[:spatial_dims])
     mode = torch.tanh(policy.planner(observation)[0])
-    torch.testing.assert_close(policy(observation), policy.act(observation, mode))
+    plan, action = policy.decide(observation)
+    torch.testing.assert_close(plan, mode)
+    torch.testing.assert_close(action, policy.act(observation, mode))
+    torch.testing.assert_close(policy(observation), action)
 
 
 def test_action_of_an_item_is_independent_of_its_batch() -> None:
@@ -141,9 +144,12 @@ def test_plan_varies_between_draws() -> None:
 
 
 @pytest.mark.parametrize("channels", [(8, 16), (4, 4)])
-def test_plan_depends_on_the_observation(channels: tuple[int, ...]) -> None:
-    mean = make_policy(2, channels=channels).planner(make_observation((8, 8)))[0]
-    assert not torch.allclose(mean[0], mean[1], atol=1e-3)
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_plan_depends_on_the_observation(spatial_dims: int, channels: tuple[int, ...]) -> None:
+    observation = small_observation(spatial_dims)
+    observation[1] = 0
+    mean = make_policy(spatial_dims, channels=channels).decide(observation)[0]
+    assert (mean[0] - mean[1]).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize(("spatial_dims", "plan_grid"), GRIDS)

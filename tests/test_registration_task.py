@@ -286,7 +286,7 @@ def test_every_term_has_a_gradient_by_the_action(size: tuple[int, ...]) -> None:
 def test_dice_term_needs_labels() -> None:
     size = (16, 14)
     task = RegistrationTask(2, dice_weight=1.0)
-    with pytest.raises(ValueError, match="dice_weight > 0 needs labels"):
+    with pytest.raises(ValueError, match="dice_weight 1: expected labels"):
         task.loss(task.reset(random_pair(size)), constant_action(0, size, batch=2))
 
 

@@ -116,6 +116,19 @@ def test_rollout_draws_its_plans() -> None:
     assert not torch.allclose(first[0], second[0])
 
 
+def test_rollout_without_sampling_takes_the_mode_of_the_plan() -> None:
+    policy, first = make_policy(), start([1, 3])
+    ((_, transition),) = rollout(policy, CountdownTask(), first, 1, sample=False)
+    torch.testing.assert_close(transition.plan, policy.decide(first["image"])[0].detach())
+
+
+def test_rollout_without_sampling_and_follow_take_the_same_steps() -> None:
+    policy, task = make_policy(), RegistrationTask(2)
+    first = task.reset(torch.rand(2, 2, 9, 7))
+    played = [task.output(state) for state, _ in rollout(policy, task, first, 3, sample=False)]
+    torch.testing.assert_close(played, [task.output(state) for state in follow(policy, task, first, 3)])
+
+
 def test_registration_episodes_freeze_as_well() -> None:
     task = RegistrationTask(2, ncc_window=3)
     label = torch.randint(0, 3, (3, 2, 9, 7))

@@ -87,6 +87,10 @@ class RegistrationTask(Task):
         if image.ndim != self.spatial_dims + 2 or image.shape[1] != 2:
             expected = f"(B, 2, {', '.join('XYZ'[: self.spatial_dims])})"
             raise ValueError(f"expected image (fixed, moving) of shape {expected}, got {tuple(image.shape)}")
+        if min(image.shape[2:]) < 4:
+            raise ValueError(f"expected images of at least 4 voxels in every direction, got {tuple(image.shape[2:])}")
+        if label is not None and label.shape != image.shape:
+            raise ValueError(f"expected labels of the images' shape {tuple(image.shape)}, got {tuple(label.shape)}")
         fixed, moving = image[:, :1].float(), image[:, 1:].float()
         state = {
             "fixed": fixed,
@@ -95,7 +99,8 @@ class RegistrationTask(Task):
             "displacement": torch.zeros_like(fixed).repeat(1, self.spatial_dims, *[1] * self.spatial_dims),
         }
         if label is not None:
-            state["fixed_label"], state["moving_label"] = label[:, :1].to(torch.int16), label[:, 1:].to(torch.int16)
+            label = label.round().to(torch.int32)
+            state["fixed_label"], state["moving_label"] = label[:, :1], label[:, 1:]
         return state
 
     def observe(self, state: State) -> Tensor:
@@ -105,7 +110,9 @@ class RegistrationTask(Task):
     def advance(self, state: State, action: Tensor) -> State:
         """Compose the step field ``action``, (B, d, *spatial) in voxels, and move the original image once."""
         displacement = compose(state["displacement"], action, self.warp)
-        return state | {"displacement": displacement, "moved": self.warp(state["moving"], displacement)}
+        after = state | {"displacement": displacement, "moved": self.warp(state["moving"], displacement)}
+        after.pop("score", None)  # was that of the state before
+        return after
 
     def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
         """Advance; return also the gain in score, (B,), and whether Dice has reached ``success``, (B,)."""
@@ -158,6 +165,8 @@ class RegistrationTask(Task):
     def _soft_dice(self, state: State, displacement: Tensor) -> Tensor:
         values = torch.unique(state["fixed_label"])
         values = values[values > 0].reshape(1, -1, *[1] * self.spatial_dims)
+        if values.numel() == 0:  # nothing labelled in these fixed images
+            return displacement.sum() * 0
         moving = (state["moving_label"] == values).float()
         dice: Tensor = self.dice(self.warp(moving, displacement), (state["fixed_label"] == values).float())
         return dice

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Compose
+
+from monai_rl_reg.data import PairDataset, evaluation_pairs, one_pair, read_cases, read_pairs, split_data
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.transforms import LoadCased, MovingToFixedGridd
+
+
+def names(rows: list[dict[str, str]], key: str) -> list[str]:
+    return [Path(row[key]).name for row in rows]
+
+
+def test_pairs_are_relative_to_their_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "pairs.csv").write_text("fixed,moving,fixed_label,note\na.nii.gz,../b.nii.gz,,x\n")
+    assert read_pairs(tmp_path / "sub" / "pairs.csv") == [
+        {"fixed": str(tmp_path / "sub" / "a.nii.gz"), "moving": str(tmp_path / "sub" / ".." / "b.nii.gz")}
+    ]
+
+
+def test_pairs_of_a_spreadsheet(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_bytes("\ufefffixed, moving\r\na.nii,b.nii\r\n".encode())
+    assert names(read_pairs(tmp_path / "pairs.csv"), "moving") == ["b.nii"]
+
+
+def test_validation_cases_are_left_out_of_training(cohort: Path) -> None:
+    splits = split_data(dataset_dir=str(cohort), val_cases=["phantom_001", "phantom_004.nii.gz"])
+    assert names(splits["training"], "image") == [f"phantom_{i:03d}.nii.gz" for i in (0, 2, 3, 5)]
+    assert {*names(splits["validation"], "fixed")} == {"phantom_001.nii.gz", "phantom_004.nii.gz"}
+    assert all(pair["fixed"] != pair["moving"] for pair in splits["validation"])
+
+
+def test_cases_of_validation_pairs_are_left_out_of_training(cohort: Path, tmp_path: Path) -> None:
+    images = cohort / "imagesTr"
+    (tmp_path / "val.csv").write_text(
+        f"fixed,moving\n{images}/../imagesTr/phantom_000.nii.gz,{images}/phantom_005.nii.gz\n"
+    )
+    splits = split_data(dataset_dir=str(cohort), val_pairs=str(tmp_path / "val.csv"))
+    assert names(splits["training"], "image") == [f"phantom_{i:03d}.nii.gz" for i in (1, 2, 3, 4)]
+    rows = "\n".join(f"{images}/phantom_00{i}.nii.gz,{images}/phantom_00{i + 1}.nii.gz" for i in range(5))
+    (tmp_path / "train.csv").write_text(f"fixed,moving\n{rows}\n")
+    splits = split_data(pairs=str(tmp_path / "train.csv"), val_pairs=str(tmp_path / "val.csv"))
+    assert names(splits["training"], "fixed") == [f"phantom_{i:03d}.nii.gz" for i in (1, 2, 3)]
+
+
+def test_evaluation_takes_its_pairs_first(cohort: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("fixed,moving\na.nii,b.nii\n")
+    assert names(evaluation_pairs(pairs=str(tmp_path / "pairs.csv"), dataset_dir=str(cohort)), "fixed") == ["a.nii"]
+    assert len(evaluation_pairs(dataset_dir=str(cohort))) == 2
+
+
+def test_no_pair_given_registers_phantoms(tmp_path: Path) -> None:
+    (pair,) = one_pair(phantom_dir=str(tmp_path))
+    assert set(pair) == {"fixed", "moving", "fixed_label", "moving_label"}
+    with pytest.raises(InputError, match="moving=None"):
+        one_pair(fixed="a.nii.gz")
+
+
+def dataset(cases: list[dict[str, str]], **settings: object) -> PairDataset:
+    return PairDataset(cases, Compose([LoadCased()]), MovingToFixedGridd(), progress=False, **settings)  # type: ignore[arg-type]
+
+
+def test_every_ordered_pair_of_cases_is_an_item(cohort: Path) -> None:
+    pairs = dataset(read_cases(cohort), image_size="auto")
+    assert len(pairs) == 30
+    files = {(pairs[i]["fixed_file"], pairs[i]["moving_file"]) for i in range(len(pairs))}
+    assert len(files) == 30
+    assert all(fixed != moving for fixed, moving in files)
+    shapes = {tuple(pairs[i]["image"].shape) for i in range(len(pairs))}
+    assert shapes == {(2, 32, 32, 32)}
+    assert pairs.num_classes == 5
+
+
+def test_label_values_are_numbered_in_the_order_asked_for(cohort: Path) -> None:
+    cases = read_cases(cohort)[:2]
+    every, some = dataset(cases)[0]["label"], dataset(cases, labels=[4, 2])[0]["label"]
+    assert torch.equal(some == 1, every == 4)
+    assert torch.equal(some == 2, every == 2)
+    assert torch.unique(some.as_tensor()).tolist() == [0, 1, 2]
+
+
+def relabelled(cases: list[dict[str, str]], folder: Path, edit: dict[int, int]) -> list[dict[str, str]]:
+    """Copies of two cases, the second with label values replaced."""
+    image = nib.load(cases[1]["label"])
+    data = np.asarray(image.dataobj).copy()
+    for old, new in edit.items():
+        data[data == old] = new
+    path = folder / "label.nii.gz"
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    return [cases[0], cases[1] | {"label": str(path)}]
+
+
+def test_labels_that_differ_are_refused_unless_named(cohort: Path, tmp_path: Path) -> None:
+    cases = relabelled(read_cases(cohort), tmp_path, {3: 7})
+    with pytest.raises(InputError, match="found 3, 7 in one only"):
+        dataset(cases)
+    assert dataset(cases, labels=[1, 2]).num_classes == 3
+
+
+def test_one_label_in_twenty_may_be_missing(cohort: Path, tmp_path: Path) -> None:
+    image = nib.load(read_cases(cohort)[0]["image"])
+    parcels = np.arange(np.prod(image.shape)).reshape(image.shape) % 41
+    cases = []
+    for i, data in enumerate((parcels, np.where(parcels == 40, 0, parcels))):
+        nib.save(nib.Nifti1Image(data.astype(np.uint8), image.affine), tmp_path / f"{i}.nii.gz")
+        cases.append({"image": read_cases(cohort)[0]["image"], "label": str(tmp_path / f"{i}.nii.gz")})
+    assert dataset(cases).num_classes == 41
+
+
+def test_labels_of_some_cases_only_are_not_used(cohort: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cases = [dict(case) for case in read_cases(cohort)[:3]]
+    del cases[1]["label"]
+    with caplog.at_level(logging.WARNING):
+        pairs = dataset(cases)
+    assert "2 of 3 cases" in caplog.text
+    assert "label" not in pairs[0]
