@@ -270,11 +270,7 @@ def test_the_command_line_shows_the_sentence_alone(files: Files, tmp_path: Path)
 
 
 def test_find_input_error_looks_through_what_wraps_it() -> None:
-    try:
-        try:
-            raise InputError("inside")
-        except InputError as error:
-            raise RuntimeError("outside") from error
-    except RuntimeError as error:
-        assert str(find_input_error(error)) == "inside"
+    outside = RuntimeError("outside")
+    outside.__cause__ = InputError("inside")
+    assert str(find_input_error(outside)) == "inside"
     assert find_input_error(ValueError("another")) is None
