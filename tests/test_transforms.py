@@ -19,13 +19,15 @@ from monai_rl_reg.handlers import write_result
 from monai_rl_reg.transforms import FinishOnFixedGridd, MovingToFixedGridd
 
 
-def oblique(angles: tuple[float, ...], spacing: tuple[float, ...], origin: tuple[float, ...], flip: bool) -> np.ndarray:
+def oblique(
+    shape: tuple[int, ...], angles: tuple[float, ...], spacing: tuple[float, ...], centre: tuple[float, ...], flip: bool
+) -> np.ndarray:
     affine = np.eye(4)
     rotation = np.asarray(create_rotate(3, np.radians(angles).tolist()))[:3, :3]
     if flip:  # first axis towards left, axes swapped: LPS-like and permuted grids come up in practice
         rotation = rotation[:, [1, 0, 2]] * np.array([-1, 1, 1])
     affine[:3, :3] = rotation * np.array(spacing)
-    affine[:3, 3] = origin
+    affine[:3, 3] = np.array(centre) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     return affine
 
 
@@ -41,11 +43,12 @@ def textured(shape: tuple[int, ...], affine: np.ndarray, seed: int) -> np.ndarra
 def pair(tmp_path: Path) -> dict[str, str]:
     """A pair with different sizes, spacings and oblique directions."""
     grids = {
-        "fixed": ((21, 26, 18), oblique((10, -15, 25), (1.1, 0.9, 1.4), (-12, -11, -9), flip=True)),
-        "moving": ((25, 19, 23), oblique((-20, 8, 12), (0.9, 1.3, 1.0), (-11, -12, -10), flip=False)),
+        "fixed": ((21, 26, 18), ((10, -15, 25), (1.1, 0.9, 1.4), (3, -2, 1), True)),
+        "moving": ((25, 19, 23), ((-20, 8, 12), (0.9, 1.3, 1.0), (0, 0, 2), False)),
     }
     files = {}
-    for seed, (role, (shape, affine)) in enumerate(grids.items()):
+    for seed, (role, (shape, geometry)) in enumerate(grids.items()):
+        affine = oblique(shape, *geometry)
         data = textured(shape, affine, seed)
         files[role] = str(tmp_path / f"{role}.nii.gz")
         nib.save(nib.Nifti1Image(data, affine), files[role])

@@ -115,7 +115,12 @@ class RegistrationTask(Task):
         return after
 
     def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
-        """Advance; return also the gain in score, (B,), and whether Dice has reached ``success``, (B,)."""
+        """Advance; return also the gain in score, (B,), and whether Dice has reached ``success``, (B,).
+
+        Raises:
+            InputError: if ``dice_weight`` asks for labels and there are none.
+        """
+        self._require_labels(state)
         after = self.advance(state, action)
         before = state["score"] if "score" in state else self._score(state)[0]
         after["score"], dice = self._score(after)
@@ -134,14 +139,17 @@ class RegistrationTask(Task):
             "smoothness": self.smoothness_weight * self.smoothness(displacement),
         }
         if self.dice_weight > 0:
-            if "fixed_label" not in state:
-                raise InputError(f"dice_weight {self.dice_weight:g}: expected labels in training, found pairs without")
+            self._require_labels(state)
             terms["dice"] = self.dice_weight * self._soft_dice(state, displacement)
         return terms
 
     def output(self, state: State) -> Tensor:
         """Return the displacement field, (B, d, *spatial) in voxels."""
         return state["displacement"]
+
+    def _require_labels(self, state: State) -> None:
+        if self.dice_weight > 0 and "fixed_label" not in state:
+            raise InputError(f"dice_weight {self.dice_weight:g}: expected labels in training, found pairs without")
 
     def _score(self, state: State) -> tuple[Tensor, Tensor]:
         folded = (jacobian_determinant(state["displacement"]) <= 0).flatten(1).float().mean(1)
