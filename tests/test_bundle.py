@@ -200,9 +200,7 @@ def test_mlflow_tracking(cohort: Path, tmp_path: Path) -> None:
     assert {"metrics.dice", "metrics.dice_before"} <= set(runs.columns)
 
 
-@pytest.mark.parametrize(
-    ("configs", "kind"), [(["train"], "train"), (["inference"], "infer"), (["train", "multi_gpu_train"], "train")]
-)
+@pytest.mark.parametrize(("configs", "kind"), [(["train"], "train"), (["inference"], "infer")])
 def test_monai_finds_the_properties_it_requires(configs: list[str], kind: str, tmp_path: Path) -> None:
     workflow = ConfigWorkflow(
         config_file=[str(CONFIGS / f"{name}.json") for name in configs],
