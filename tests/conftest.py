@@ -56,7 +56,15 @@ def run_bundle(run_id: str, *configs: str, **overrides: object) -> subprocess.Co
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-SMALL = {"max_epochs": 1, "epoch_length": 3, "val_interval": 1, "batch_size": 2, "steps": 2, "update_batch_size": 2}
+SMALL = {
+    "max_epochs": 1,
+    "epoch_length": 3,
+    "val_interval": 1,
+    "batch_size": 2,
+    "steps": 2,
+    "val_steps": 2,
+    "update_batch_size": 2,
+}
 """Overrides that make a training short."""
 
 
