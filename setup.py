@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 test = ["pytest>=8", "jsonschema", "mlflow>=2.15", "ruff>=0.8", "mypy>=1.10"]
-docs = ["sphinx>=7", "myst-parser>=3", "furo", "matplotlib"]
+docs = ["sphinx>=7", "myst-parser>=3", "furo", "matplotlib", "sphinx-mathjax-offline"]
 
 setup(
     name="monai_rl_reg",
