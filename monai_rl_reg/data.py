@@ -177,7 +177,6 @@ class PairDataset(Dataset[Any]):
         labels: label values to use; others become background. By default every value found.
         image_size: one size for all pairs, so that they can be batched: a size, or ``auto`` for the smallest multiple
             of 16 that holds every case. It goes to the transform as ``spatial_size``. None keeps each pair's own.
-        cache_rate: share of the cases to keep in memory.
         progress: show a progress bar while loading.
 
     Raises:
@@ -192,7 +191,6 @@ class PairDataset(Dataset[Any]):
         *,
         labels: Sequence[int] | None = None,
         image_size: str | Sequence[int] | None = None,
-        cache_rate: float = 1.0,
         progress: bool = True,
     ) -> None:
         self.pairs: list[tuple[int, int]] | None = None
@@ -200,9 +198,7 @@ class PairDataset(Dataset[Any]):
         if "fixed" in cases[0]:
             cases, self.pairs = _cases_of(cases)
         self.transform = transform
-        self.cases = CacheDataset(
-            cases, case_transform, cache_rate=cache_rate, num_workers=1, progress=progress and len(cases) > 8
-        )
+        self.cases = CacheDataset(cases, case_transform, num_workers=1, progress=progress and len(cases) > 8)
         self.labelled = all("label" in case for case in cases)
         count = sum("label" in case for case in cases)
         if 0 < count < len(cases) and len(cases) > 2:

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.utils import convert_to_tensor
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
@@ -59,7 +59,11 @@ class ReinforcementUpdate:
         """
         image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
         engine.state.output = {Keys.IMAGE: image, Keys.LABEL: label}
-        engine.state.output |= self._play(engine, _plain(image), None if label is None else _plain(label))
+        engine.state.output |= self._play(
+            engine,
+            convert_to_tensor(image, track_meta=False),
+            None if label is None else convert_to_tensor(label, track_meta=False),
+        )
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         figures: dict[str, list[Tensor]] = {}
         updates = self.updates if engine.state.iteration > self.warm_up else 0
@@ -125,7 +129,3 @@ def unwrap(loss: Any) -> SoftActorCriticLoss:
 def scalars(output: list[dict[str, Any]]) -> dict[str, float]:
     """Return the numbers in an iteration's output, named ``train/...``: what is worth logging."""
     return {f"train/{name}": float(value) for name, value in output[0].items() if isinstance(value, (int, float))}
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.as_tensor() if isinstance(x, MetaTensor) else x

@@ -43,9 +43,9 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
 
 
-def identity_grid(shape: Sequence[int], *, device: torch.device | None = None) -> Tensor:
+def identity_grid(shape: Sequence[int]) -> Tensor:
     """Return the voxel coordinates of a grid, (d, *shape), double precision."""
-    axes = [torch.arange(n, dtype=torch.float64, device=device) for n in shape]
+    axes = [torch.arange(n, dtype=torch.float64) for n in shape]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from monai.data import MetaTensor
 from monai.inferers import Inferer
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from monai_rl_reg.rollout import follow
@@ -40,10 +40,6 @@ class StepwiseInferer(Inferer):
 
     def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
         """Yield the first state and the state after every step."""
-        state = self.task.reset(_plain(inputs))
+        state = self.task.reset(convert_to_tensor(inputs, track_meta=False))
         yield state
         yield from follow(network, self.task, state, self.steps, sample=self.sample)  # type: ignore[arg-type]
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.as_tensor() if isinstance(x, MetaTensor) else x

@@ -9,6 +9,7 @@ import torch
 from monai.data import MetaTensor
 from monai.networks.blocks import Warp
 from monai.transforms import MapTransform, Transform
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
@@ -142,11 +143,11 @@ class WarpByDisplacementd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the moved parts added."""
         out = dict(data)
-        field = _plain(out[self.displacement_key])[None].float()
+        field = convert_to_tensor(out[self.displacement_key], track_meta=False)[None].float()
         for key in self.key_iterator(out):
             if out[key] is None:
                 continue
-            stack = _plain(out[key])
+            stack = convert_to_tensor(out[key], track_meta=False)
             suffix = "_label" if key == "label" else ""
             mode = "nearest" if key == "label" else "bilinear"
             out[f"fixed{suffix}"], out[f"moving{suffix}"] = stack[:1], stack[1:]
@@ -176,11 +177,18 @@ class FinishOnFixedGridd(Transform):
         d = self.spatial_dims
         fixed = read_image(out["fixed_file"], spatial_dims=d)
         moving = read_image(out["moving_file"], spatial_dims=d)
-        grid_affine, initial = out["image"].affine.double(), _plain(out["initial"]).double()
+        grid_affine, initial = (
+            out["image"].affine.double(),
+            convert_to_tensor(out["initial"], track_meta=False).double(),
+        )
         index = identity_grid(fixed.shape[1:])
         out["displacement"] = MetaTensor(
             displacement_on_grid(
-                _plain(out[self.displacement_key]), grid_affine, initial, fixed.affine.double(), index
+                convert_to_tensor(out[self.displacement_key], track_meta=False),
+                grid_affine,
+                initial,
+                fixed.affine.double(),
+                index,
             ),
             affine=fixed.affine,
         )
@@ -246,7 +254,3 @@ def _box(low: Tensor, high: Tensor) -> str:
 def _label_dtype(label: Tensor) -> torch.dtype:
     top = int(label.max())
     return torch.uint8 if top < 256 else torch.int16 if top < 2**15 else torch.int32
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.as_tensor() if isinstance(x, MetaTensor) else x
