@@ -162,7 +162,7 @@ class SoftActorCriticLoss(nn.Module):
         """Return the terms to be summed and minimised, and detached figures worth logging."""
         observation = self.task.observe(batch.state)
         if not self.reinforcement:
-            return self.task.loss(batch.state, self.policy(observation)), {}
+            return self.task.loss(batch.state, self.policy(observation), self.policy), {}
         plan, log_prob, action = self.policy.sample(observation)
         log_prob = log_prob / plan[0].numel()
         temperature = self.log_temperature.exp().detach()
@@ -193,7 +193,7 @@ class SoftActorCriticLoss(nn.Module):
             "entropy": -log_prob.detach().mean(),
             "alpha": temperature,
         }
-        return terms | self.task.loss(batch.state, action), figures
+        return terms | self.task.loss(batch.state, action, self.policy), figures
 
     @torch.no_grad()
     def update_targets(self) -> None:

@@ -16,7 +16,7 @@ from monai_rl_reg.phantoms import make_case
 from monai_rl_reg.replay import ReplayBuffer
 from monai_rl_reg.rollout import rollout
 from monai_rl_reg.tasks.registration import RegistrationTask
-from monai_rl_reg.tasks.task import State, Task
+from monai_rl_reg.tasks.task import Act, State, Task
 
 SIZE = (32, 32)
 STEPS = 3
@@ -104,7 +104,7 @@ class GoalTask(Task):
         reward = -10 * (action.flatten(1).mean(1) - goal).square()
         return dict(state), reward, torch.ones_like(reward, dtype=torch.bool)
 
-    def loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
+    def loss(self, state: State, action: Tensor, act: Act) -> dict[str, Tensor]:
         return {}
 
     def output(self, state: State) -> Tensor:

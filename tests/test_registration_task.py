@@ -23,6 +23,10 @@ from monai_rl_reg.tasks.task import State
 SIZES = [(16, 14), (12, 10, 11)]
 
 
+def no_policy(observation: Tensor) -> Tensor:
+    raise AssertionError("the registration loss looks at one step only")
+
+
 def constant_action(shift: float, size: Sequence[int], *, batch: int = 1) -> Tensor:
     """A shift along the first axis."""
     action = torch.zeros(batch, len(size), *size)
@@ -219,7 +223,7 @@ def test_identical_images_without_dice_never_terminate(options: dict[str, Any]) 
 @pytest.mark.parametrize("size", SIZES)
 def test_loss_names_its_terms(size: tuple[int, ...], dice_weight: float, names: set[str]) -> None:
     task = RegistrationTask(len(size), dice_weight=dice_weight)
-    terms = task.loss(task.reset(random_pair(size), random_labels(size)), smooth_action(size, batch=2))
+    terms = task.loss(task.reset(random_pair(size), random_labels(size)), smooth_action(size, batch=2), no_policy)
     assert set(terms) == names
     assert all(term.ndim == 0 for term in terms.values())
 
@@ -230,7 +234,7 @@ def test_loss_terms_judge_the_state_after_the_step(size: tuple[int, ...]) -> Non
     state = task.advance(task.reset(random_pair(size)), smooth_action(size, batch=2))
     action = smooth_action(size, batch=2)
     after = task.advance(state, action)
-    terms = task.loss(state, action)
+    terms = task.loss(state, action, no_policy)
     torch.testing.assert_close(terms["ncc"], -local_ncc(after["moved"], after["fixed"], 5).mean())
     torch.testing.assert_close(terms["smoothness"], 3 * DiffusionLoss()(after["displacement"]))
 
@@ -238,7 +242,7 @@ def test_loss_terms_judge_the_state_after_the_step(size: tuple[int, ...]) -> Non
 def test_constant_displacement_is_smooth() -> None:
     size = (16, 14)
     task = RegistrationTask(2)
-    terms = task.loss(task.reset(random_pair(size, batch=1)), constant_action(2, size))
+    terms = task.loss(task.reset(random_pair(size, batch=1)), constant_action(2, size), no_policy)
     assert terms["smoothness"].item() == pytest.approx(0, abs=1e-6)
 
 
@@ -250,7 +254,7 @@ def test_ncc_term_is_the_mean_over_its_scales(size: tuple[int, ...]) -> None:
     half = pool(image, 2)
     expected = (ncc(image[:, 1:], image[:, :1]) + ncc(half[:, 1:], half[:, :1])) / 2
     task = RegistrationTask(len(size), ncc_window=5, ncc_scales=2)
-    terms = task.loss(task.reset(image), constant_action(0, size, batch=2))
+    terms = task.loss(task.reset(image), constant_action(0, size, batch=2), no_policy)
     torch.testing.assert_close(terms["ncc"], expected)
 
 
@@ -259,7 +263,7 @@ def test_dice_term_falls_to_zero_where_the_labels_meet(size: tuple[int, ...]) ->
     task = RegistrationTask(len(size), dice_weight=2.0)
     label = torch.cat([blocks(size), blocks(size, shift=2)], dim=1)
     state = task.reset(random_pair(size, batch=1), label)
-    apart, nearer, met = (task.loss(state, constant_action(shift, size))["dice"].item() for shift in (0, 1, 2))
+    apart, nearer, met = (task.loss(state, constant_action(shift, size), no_policy)["dice"].item() for shift in (0, 1, 2))
     assert met == pytest.approx(0, abs=1e-4)
     assert met < nearer < apart
     assert apart == pytest.approx(2 - 2 * monai_dice(blocks(size, shift=2), blocks(size)).item(), abs=1e-4)
@@ -270,14 +274,14 @@ def test_dice_term_of_fixed_images_without_labels_is_finite() -> None:
     label = random_labels(size)
     label[:, 0] = 0
     task = RegistrationTask(2, dice_weight=1.0)
-    assert task.loss(task.reset(random_pair(size), label), constant_action(0, size, batch=2))["dice"].isfinite()
+    assert task.loss(task.reset(random_pair(size), label), constant_action(0, size, batch=2), no_policy)["dice"].isfinite()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_term_has_a_gradient_by_the_action(size: tuple[int, ...]) -> None:
     task = RegistrationTask(len(size), dice_weight=1.0)
     action = smooth_action(size, batch=2).requires_grad_()
-    terms = task.loss(task.reset(random_pair(size), random_labels(size)), action)
+    terms = task.loss(task.reset(random_pair(size), random_labels(size)), action, no_policy)
     for term in terms.values():
         (gradient,) = torch.autograd.grad(term, action, retain_graph=True)
         assert (gradient.flatten(1) != 0).any(1).all()
@@ -287,7 +291,7 @@ def test_dice_term_needs_labels() -> None:
     size = (16, 14)
     task = RegistrationTask(2, dice_weight=1.0)
     with pytest.raises(ValueError, match="dice_weight 1: expected labels"):
-        task.loss(task.reset(random_pair(size)), constant_action(0, size, batch=2))
+        task.loss(task.reset(random_pair(size)), constant_action(0, size, batch=2), no_policy)
 
 
 def test_inference_with_a_dice_term_in_training_needs_no_labels() -> None:
@@ -312,7 +316,7 @@ def test_observe_and_loss_read_only_what_the_replay_stores(size: tuple[int, ...]
     state, _, _ = task.step(task.reset(random_pair(size), random_labels(size)), action)
     stored = {key: state[key] for key in task.replay_keys}
     assert torch.equal(task.observe(stored), task.observe(state))
-    torch.testing.assert_close(task.loss(stored, action), task.loss(state, action))
+    torch.testing.assert_close(task.loss(stored, action, no_policy), task.loss(state, action, no_policy))
 
 
 def copied(state: State) -> State:
@@ -336,7 +340,7 @@ def test_step_and_loss_leave_state_and_action_as_they_were(size: tuple[int, ...]
     action = smooth_action(size, batch=2)
     before, action_before = copied(state), action.clone()
     task.step(state, action)
-    task.loss(state, action)
+    task.loss(state, action, no_policy)
     assert state.keys() == before.keys()
     assert all(torch.equal(state[key], before[key]) for key in state)
     assert torch.equal(action, action_before)

@@ -9,7 +9,7 @@ from torch import Tensor
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.rollout import follow, rollout
 from monai_rl_reg.tasks.registration import RegistrationTask
-from monai_rl_reg.tasks.task import State, Task
+from monai_rl_reg.tasks.task import Act, State, Task
 
 
 class CountdownTask(Task):
@@ -30,7 +30,7 @@ class CountdownTask(Task):
         after = self.advance(state, action)
         return after, 10 * state["left"], after["left"] <= 0
 
-    def loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
+    def loss(self, state: State, action: Tensor, act: Act) -> dict[str, Tensor]:
         return {}
 
     def output(self, state: State) -> Tensor:
@@ -176,5 +176,5 @@ def test_training_goes_on_after_following_with_the_same_task() -> None:
     image = torch.rand(1, 2, 9, 7)
     list(follow(policy, task, task.reset(image), 2))
     state = task.reset(image)
-    task.loss(state, policy(task.observe(state)))["ncc"].backward()
+    task.loss(state, policy(task.observe(state)), policy)["ncc"].backward()
     assert policy.actor.head.conv.weight.grad.any()

@@ -16,7 +16,7 @@ from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import compose, jacobian_determinant
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import local_ncc, mean_label_dice
-from monai_rl_reg.tasks.task import State, Task
+from monai_rl_reg.tasks.task import Act, State, Task
 
 
 class RegistrationTask(Task):
@@ -126,7 +126,7 @@ class RegistrationTask(Task):
         after["score"], dice = self._score(after)
         return after, self.reward_scale * (after["score"] - before), dice > self.success
 
-    def loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
+    def loss(self, state: State, action: Tensor, act: Act) -> dict[str, Tensor]:
         """Return multi-scale local NCC, smoothness and, where ``dice_weight`` asks for it, soft Dice after the step.
 
         Raises:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
 """What an episode carries along; every entry is batch first."""
+Act = Callable[[Tensor], Tensor]
+"""The policy as a task sees it: an observation to its deterministic action."""
 
 
 class Task(nn.Module, ABC):
@@ -45,8 +48,12 @@ class Task(nn.Module, ABC):
         """
 
     @abstractmethod
-    def loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
-        """Return the task's own loss as named scalar terms to be summed; differentiable in the action."""
+    def loss(self, state: State, action: Tensor, act: Act) -> dict[str, Tensor]:
+        """Return the task's own loss as named scalar terms to be summed; differentiable in the action.
+
+        ``act`` gives the policy's action on any other observation, for a loss that compares two of them or looks
+        further than one step.
+        """
 
     @abstractmethod
     def output(self, state: State) -> Tensor:

@@ -1,0 +1,136 @@
+"""Evaluation of stepwise image tasks: one row per image, model and number of steps, with the control beside."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.utils import convert_to_tensor
+from torch import Tensor
+from tqdm import tqdm
+
+from monai_rl_reg.networks import PlannerActor
+from monai_rl_reg.nifti import replacing
+from monai_rl_reg.rollout import follow
+from monai_rl_reg.tasks.task import State, Task
+
+Figure = Callable[[State], Tensor]
+"""A figure of merit: a state to one number per item, (B,)."""
+
+
+class StateMetric:
+    """A MONAI metric, or a function of tensors, as a figure of a state.
+
+    Args:
+        metric: called with the entries; returns one number per item in any shape that starts with the batch.
+        keys: the entries of the state that it compares.
+        region: applied to each entry first, to look at a part of the image only.
+    """
+
+    def __init__(
+        self, metric: Callable[..., Any], keys: Sequence[str], region: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.metric = metric
+        self.keys = keys
+        self.region = region
+
+    def __call__(self, state: State) -> Tensor:
+        """Return the figure of each item, (B,)."""
+        entries = [state[key] if self.region is None else self.region(state[key]) for key in self.keys]
+        values: Tensor = self.metric(*entries)
+        return values.reshape(len(values), -1).mean(1)
+
+
+class StepwiseEvaluation:
+    """Run models over a data set and judge the state after every step.
+
+    Writes ``metrics.csv``, a row per image, model and number of steps (0 is the start), and ``summary.json``, the
+    means: ``{model: {figure: [value after 0 steps, after 1, ...]}}``.
+
+    Args:
+        task: the environment.
+        data: batches of MONAI's ``image`` and, where the task wants one, ``label``; ``name`` names the items.
+        models: name to network and number of steps, for example ``{"policy": [network, 10], "control": [other, 1]}``;
+            a model whose network is None is left out.
+        figures: name to figure of merit.
+        output_dir: where the two files go.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        data: Iterable[Mapping[str, Any]],
+        models: Mapping[str, tuple[PlannerActor | None, int]],
+        figures: Mapping[str, Figure],
+        output_dir: str,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.task = task
+        self.data = data
+        self.models = {name: (network, steps) for name, (network, steps) in models.items() if network is not None}
+        self.figures = figures
+        self.output_dir = Path(output_dir)
+        self.device = device
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Evaluate, write the two files and return the summary."""
+        rows: list[dict[str, Any]] = []
+        for network, _ in self.models.values():
+            network.eval()
+        for batch in tqdm(self.data, desc="evaluating", dynamic_ncols=True):
+            image, label = (
+                None if batch.get(key) is None else convert_to_tensor(batch[key], track_meta=False).to(self.device)
+                for key in ("image", "label")
+            )
+            names = batch.get("name", range(len(rows), len(rows) + len(image)))  # type: ignore[arg-type]
+            for model, (network, steps) in self.models.items():
+                state, seconds = self.task.reset(image, label), 0.0  # type: ignore[arg-type]
+                rows += self._rows(names, model, 0, state, seconds)
+                started = time.perf_counter()
+                for step, state in enumerate(follow(network, self.task, state, steps), start=1):  # noqa: B020
+                    seconds += time.perf_counter() - started
+                    rows += self._rows(names, model, step, state, seconds)
+                    started = time.perf_counter()
+        return self._write(rows)
+
+    def _rows(self, names: Iterable[Any], model: str, step: int, state: State, seconds: float) -> list[dict[str, Any]]:
+        columns = {name: figure(state).tolist() for name, figure in self.figures.items()}
+        names = list(names)
+        return [
+            {"image": name, "model": model, "steps": step}
+            | {figure: values[i] for figure, values in columns.items()}
+            | {"seconds": seconds / len(names)}
+            for i, name in enumerate(names)
+        ]
+
+    def _write(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with replacing(self.output_dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        summary: dict[str, Any] = {"images": len({row["image"] for row in rows})}
+        for model, (_, steps) in self.models.items():
+            summary[model] = {
+                figure: [_mean(rows, model, step, figure) for step in range(steps + 1)]
+                for figure in [*self.figures, "seconds"]
+            }
+            last = ", ".join(f"{figure} {values[-1]:.4g}" for figure, values in summary[model].items())
+            print(f"{model}, {steps} {'steps' if steps > 1 else 'step'}: {last}")
+        with replacing(self.output_dir / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"Wrote {self.output_dir / 'metrics.csv'} and {self.output_dir / 'summary.json'}")
+        return summary
+
+
+def _mean(rows: list[dict[str, Any]], model: str, step: int, figure: str) -> float:
+    values = torch.tensor([row[figure] for row in rows if row["model"] == model and row["steps"] == step])
+    return float(values.nanmean())
