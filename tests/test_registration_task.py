@@ -263,7 +263,9 @@ def test_dice_term_falls_to_zero_where_the_labels_meet(size: tuple[int, ...]) ->
     task = RegistrationTask(len(size), dice_weight=2.0)
     label = torch.cat([blocks(size), blocks(size, shift=2)], dim=1)
     state = task.reset(random_pair(size, batch=1), label)
-    apart, nearer, met = (task.loss(state, constant_action(shift, size), no_policy)["dice"].item() for shift in (0, 1, 2))
+    apart, nearer, met = (
+        task.loss(state, constant_action(shift, size), no_policy)["dice"].item() for shift in (0, 1, 2)
+    )
     assert met == pytest.approx(0, abs=1e-4)
     assert met < nearer < apart
     assert apart == pytest.approx(2 - 2 * monai_dice(blocks(size, shift=2), blocks(size)).item(), abs=1e-4)
@@ -274,7 +276,9 @@ def test_dice_term_of_fixed_images_without_labels_is_finite() -> None:
     label = random_labels(size)
     label[:, 0] = 0
     task = RegistrationTask(2, dice_weight=1.0)
-    assert task.loss(task.reset(random_pair(size), label), constant_action(0, size, batch=2), no_policy)["dice"].isfinite()
+    assert task.loss(task.reset(random_pair(size), label), constant_action(0, size, batch=2), no_policy)[
+        "dice"
+    ].isfinite()
 
 
 @pytest.mark.parametrize("size", SIZES)
