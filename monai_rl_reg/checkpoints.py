@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from pathlib import Path
@@ -166,3 +167,14 @@ def load_policy(network: torch.nn.Module, path: str, *, map_location: str | torc
         )
     network.load_state_dict(weights)
     return network
+
+
+def load_control(
+    network: torch.nn.Module, path: str | None, *, map_location: str | torch.device = "cpu"
+) -> torch.nn.Module | None:
+    """Return a second network of the same architecture with the control's weights, or None without a checkpoint.
+
+    Raises:
+        InputError: as :func:`load_policy` does.
+    """
+    return None if path is None else load_policy(copy.deepcopy(network), path, map_location=map_location)

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from monai.utils import convert_to_tensor
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from monai_rl_reg.inferer import FramewiseInferer
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.nifti import replacing
 from monai_rl_reg.rollout import follow
+from monai_rl_reg.tasks.style import StyleTask
 from monai_rl_reg.tasks.task import State, Task
+from monai_rl_reg.video import flows_between, temporal_error
 
 Figure = Callable[[State], Tensor]
 """A figure of merit: a state to one number per item, (B,)."""
@@ -112,11 +115,6 @@ class StepwiseEvaluation:
         ]
 
     def _write(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        with replacing(self.output_dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
         summary: dict[str, Any] = {"images": len({row["image"] for row in rows})}
         for model, (_, steps) in self.models.items():
             summary[model] = {
@@ -125,12 +123,105 @@ class StepwiseEvaluation:
             }
             last = ", ".join(f"{figure} {values[-1]:.4g}" for figure, values in summary[model].items())
             print(f"{model}, {steps} {'steps' if steps > 1 else 'step'}: {last}")
-        with replacing(self.output_dir / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        print(f"Wrote {self.output_dir / 'metrics.csv'} and {self.output_dir / 'summary.json'}")
+        _write_table(self.output_dir, rows, summary)
         return summary
 
 
 def _mean(rows: list[dict[str, Any]], model: str, step: int, figure: str) -> float:
     values = torch.tensor([row[figure] for row in rows if row["model"] == model and row["steps"] == step])
     return float(values.nanmean())
+
+
+class ClipEvaluation:
+    """Run models over clips, frame after frame, and judge what comes out: style, content and steadiness.
+
+    Writes ``metrics.csv``, a row per clip, model and number of steps, and ``summary.json``, the means:
+    ``{model: {steps: {figure: value}}}``. The figures are the task's style and content loss and ``temporal``, the warp
+    error along the optical flow of the clip as it was.
+
+    Args:
+        task: gives style and content loss.
+        clips: name to clip.
+        models: name to network and inferer, a function of the number of steps, for example
+            ``{"policy": [network, lambda steps: FramewiseInferer(task, steps)]}``; without a network it is left out.
+        steps: the numbers of steps to try.
+        output_dir: where the two files go.
+        frames: at most so many frames of each clip.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        task: StyleTask,
+        clips: Mapping[str, Sequence[Mapping[str, Any]]],
+        models: Mapping[str, tuple[nn.Module | None, Callable[[int], FramewiseInferer]]],
+        steps: Sequence[int],
+        output_dir: str,
+        *,
+        frames: int = 16,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.task = task
+        self.clips = clips
+        self.models = {name: (network, make) for name, (network, make) in models.items() if network is not None}
+        self.steps = steps
+        self.output_dir = Path(output_dir)
+        self.frames = frames
+        self.device = device
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Evaluate, write the two files and return the summary."""
+        rows: list[dict[str, Any]] = []
+        for clip, data in tqdm(self.clips.items(), desc="evaluating", unit="clip", dynamic_ncols=True):
+            content = [data[i]["image"] for i in range(min(self.frames, len(data)))]
+            flows = flows_between(content)
+            for model, (network, make) in self.models.items():
+                network.eval()
+                for steps in self.steps:
+                    rows.append({"clip": clip, "model": model, "steps": steps})
+                    rows[-1] |= self._judge(content, flows, network, make(steps))
+        summary: dict[str, Any] = {"clips": len(self.clips)}
+        for model in self.models:
+            summary[model] = {
+                steps: {figure: _mean(rows, model, steps, figure) for figure in list(rows[0])[3:]}
+                for steps in self.steps
+            }
+            for steps, figures in summary[model].items():
+                print(f"{model}, {steps} steps: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        _write_table(self.output_dir, rows, summary)
+        return summary
+
+    def _judge(
+        self,
+        content: Sequence[Tensor],
+        flows: Sequence[tuple[Tensor, Tensor]],
+        network: nn.Module,
+        inferer: FramewiseInferer,
+    ) -> dict[str, float]:
+        stylised, style, closeness = [], [], []
+        started = time.perf_counter()
+        for frame in content:
+            stylised.append(inferer(frame[None].to(self.device), network))
+        seconds = (time.perf_counter() - started) / len(content)
+        for frame, result in zip(content, stylised, strict=True):
+            state = {"content": frame[None].to(self.device), "stylised": result}
+            style.append(float(self.task.style_loss(state)))
+            closeness.append(float(self.task.content_loss(state)))
+        return {
+            "style": sum(style) / len(style),
+            "content": sum(closeness) / len(closeness),
+            "temporal": temporal_error([result[0].cpu() for result in stylised], flows),
+            "seconds_per_frame": seconds,
+        }
+
+
+def _write_table(folder: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    with replacing(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"Wrote {folder / 'metrics.csv'} and {folder / 'summary.json'}")

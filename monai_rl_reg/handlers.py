@@ -20,8 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.metrics import folded_percent, log_jacobian_std
 from monai_rl_reg.nifti import replacing, write_displacement, write_image
+from monai_rl_reg.pictures import strip, write_picture
 
 
 class TrainingProgress:
@@ -73,6 +75,55 @@ class TrainingProgress:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class TrainingTime:
+    """End a training after some minutes, at the end of an epoch, and tell how far it is: for the learning rate.
+
+    Args:
+        minutes: the time to train for, in minutes; None trains for all of ``max_epochs``.
+        max_epochs: the trainer's.
+    """
+
+    def __init__(self, minutes: float | None, max_epochs: int) -> None:
+        self.minutes = minutes
+        self.max_epochs = max_epochs
+        self.epoch = 0
+        self.elapsed = 0.0  # in minutes, of all runs that this one resumes
+        self._since = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this trainer; attach it before the handlers that end an epoch."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
+
+    def progress(self) -> float:
+        """Return the share of the training that is done, in [0, 1]."""
+        share = self.epoch / self.max_epochs
+        return min(1.0, share if self.minutes is None else max(share, self.elapsed / self.minutes))
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a resumed training needs."""
+        return {"epoch": self.epoch, "elapsed": self.elapsed}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self.epoch, self.elapsed = int(state["epoch"]), float(state["elapsed"])
+
+    def _start(self, engine: Engine) -> None:
+        self._since = time.monotonic()
+
+    def _epoch(self, engine: Engine) -> None:
+        now = time.monotonic()
+        self.elapsed += (now - self._since) / 60
+        self._since = now
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            elapsed = torch.tensor(self.elapsed, device=engine.state.device)  # type: ignore[attr-defined]
+            torch.distributed.broadcast(elapsed, 0)  # all processes end with the same epoch
+            self.elapsed = float(elapsed)
+        self.epoch = engine.state.epoch
+        if self.minutes is not None and self.elapsed >= self.minutes:
+            engine.state.max_epochs = engine.state.epoch
 
 
 class EvaluationTable:
@@ -206,6 +257,49 @@ class RegistrationWriter:
             self.count += 1
             write_result(folder, output)
             print(f"Wrote the registration to {folder.resolve()}")
+
+
+class PictureWriter:
+    """Write the result of a stepwise picture task, ``<name>.png``, and ``steps.png``, a strip from start to result.
+
+    With several pictures, the name is followed by a number.
+
+    Args:
+        output_dir: the folder.
+        inferer: the evaluator's, with ``keep_history``.
+        name: of the result's file.
+        most: pictures in the strip, at most.
+    """
+
+    def __init__(self, output_dir: str, inferer: StepwiseInferer, *, name: str = "result", most: int = 6) -> None:
+        self.output_dir = Path(output_dir)
+        self.inferer = inferer
+        self.name = name
+        self.most = most
+        self.count = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        several = (engine.state.epoch_length or 1) > 1
+        history = self.inferer.history
+        shown = np.unique(np.linspace(0, len(history) - 1, min(self.most, len(history))).round().astype(int))
+        for item in range(len(history[0])):
+            suffix = f"_{self.count:04d}" if several else ""
+            self.count += 1
+            try:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"output {self.output_dir}: expected a folder that can be written to, found: {error.strerror}"
+                ) from error
+            steps = strip([history[i][item] for i in shown], [f"{i} steps" for i in shown])
+            write_picture(self.output_dir / f"steps{suffix}.png", steps)
+            result = self.output_dir / f"{self.name}{suffix}.png"
+            write_picture(result, history[-1][item])
+            print(f"Wrote {result.resolve()} and, beside it, steps{suffix}.png")
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.task import State, Task
@@ -20,26 +21,69 @@ class StepwiseInferer(Inferer):
         task: the environment.
         steps: number of steps.
         sample: draw the plans instead of taking their mode, for uncertainty.
+        keep_history: keep the outputs of the last call, from before the first step to after the last, in ``history``.
 
     Raises:
         ValueError: if ``steps`` is negative.
     """
 
-    def __init__(self, task: Task, steps: int, *, sample: bool = False) -> None:
+    def __init__(self, task: Task, steps: int, *, sample: bool = False, keep_history: bool = False) -> None:
         super().__init__()
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
         self.task = task
         self.steps = steps
         self.sample = sample
+        self.keep_history = keep_history
+        self.history: list[Tensor] = []
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return the output for inputs (B, C, *spatial); for registration the displacement (B, d, *spatial)."""
-        *_, last = self.trajectory(inputs, network)
-        return self.task.output(last)
+        if not self.keep_history:
+            *_, last = self.trajectory(inputs, network)
+            return self.task.output(last)
+        self.history = [self.task.output(state) for state in self.trajectory(inputs, network)]
+        return self.history[-1]
 
     def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
         """Yield the first state and the state after every step."""
         state = self.task.reset(convert_to_tensor(inputs, track_meta=False))
         yield state
         yield from follow(network, self.task, state, self.steps, sample=self.sample)  # type: ignore[arg-type]
+
+
+class FramewiseInferer(StepwiseInferer):
+    """Stepwise inference over the frames of a clip, one call a frame, that carries memories on from frame to frame.
+
+    Frames of any size are padded to a multiple of ``multiple`` inside.
+
+    Args:
+        task: the environment.
+        steps: number of steps a frame.
+        carry: entries of the state that go on to the next frame; none treats every frame by itself.
+        multiple: of this many pixels height and width are.
+    """
+
+    def __init__(self, task: Task, steps: int, *, carry: Sequence[str] = ("frame_memory",), multiple: int = 4) -> None:
+        super().__init__(task, steps)
+        self.carry = carry
+        self.multiple = multiple
+        self.carried: State = {}
+
+    def restart(self) -> None:
+        """Forget: the next frame is the first of another clip."""
+        self.carried = {}
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Return the output for the next frame, (B, C, H, W)."""
+        height, width = inputs.shape[2:]
+        pads = [0, -width % self.multiple, 0, -height % self.multiple]
+        *_, last = self.trajectory(F.pad(convert_to_tensor(inputs, track_meta=False), pads, mode="replicate"), network)
+        self.carried = {key: last[key] for key in self.carry}
+        return self.task.output(last)[..., :height, :width]
+
+    def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
+        """Yield the first state, with what was carried on, and the state after every step."""
+        state = self.task.reset(convert_to_tensor(inputs, track_meta=False)) | self.carried
+        yield state
+        yield from follow(network, self.task, state, self.steps)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from monai_rl_reg.geometry import jacobian_determinant, sample
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 
 
-def label_dice(moved: Tensor, fixed: Tensor) -> Tensor:
+def label_dice(moved: Tensor, fixed: Tensor, *, nested: bool = False) -> Tensor:
     """Dice of every label value by counting, for label maps with any number of labels.
 
     Equal to :func:`monai.metrics.compute_dice` on one-hot maps, in one pass over the voxels instead of one a label.
@@ -19,6 +19,7 @@ def label_dice(moved: Tensor, fixed: Tensor) -> Tensor:
     Args:
         moved: (B, 1, *spatial), integer label values, 0 background.
         fixed: likewise.
+        nested: the region of a value is what has this value or a higher one.
 
     Returns:
         (B, L) for the values 1..L, L the largest value found; NaN where the fixed map lacks the label.
@@ -28,17 +29,18 @@ def label_dice(moved: Tensor, fixed: Tensor) -> Tensor:
     offset = torch.arange(len(m), device=m.device)[:, None] * count
 
     def histogram(values: Tensor) -> Tensor:
-        return torch.bincount(values, minlength=len(m) * count).reshape(len(m), count)[:, 1:].float()
+        counts = torch.bincount(values, minlength=len(m) * count).reshape(len(m), count)[:, 1:].float()
+        return counts.flip(1).cumsum(1).flip(1) if nested else counts
 
     in_fixed = histogram((f + offset).flatten())
     in_moved = histogram((m + offset).flatten())
-    in_both = histogram((torch.where(f == m, f, 0) + offset).flatten())
+    in_both = histogram(((torch.minimum(f, m) if nested else torch.where(f == m, f, 0)) + offset).flatten())
     return torch.where(in_fixed > 0, 2 * in_both / (in_fixed + in_moved), torch.nan)
 
 
-def mean_label_dice(moved: Tensor, fixed: Tensor) -> Tensor:
+def mean_label_dice(moved: Tensor, fixed: Tensor, *, nested: bool = False) -> Tensor:
     """Mean over the labels that the fixed map has, (B,); NaN where it has none. Arguments as :func:`label_dice`."""
-    return label_dice(moved, fixed).nanmean(1)
+    return label_dice(moved, fixed, nested=nested).nanmean(1)
 
 
 def folded_percent(displacement: Tensor) -> Tensor:

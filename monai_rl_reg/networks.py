@@ -41,6 +41,20 @@ def _block(
     )
 
 
+def _initialise(policy: nn.Module, heads: Sequence[nn.Module]) -> None:
+    """Keep the signal's size from layer to layer (arXiv 1502.01852): without normalisation torch's own
+    initialisation lets it die along the encoder. The heads start small: the first plans lie in the middle of their
+    range, and an untrained policy leaves the image nearly as it is.
+    """
+    for module in policy.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(module.weight, a=0.1)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    for head in heads:
+        for parameter in head.parameters():
+            nn.init.normal_(parameter, std=1e-2) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+
+
 class Planner(nn.Module):
     """Encoder of the observation and the head of the plan's distribution, pi_phi(p given s).
 
@@ -116,9 +130,6 @@ class Actor(nn.Module):
         self.full = _block(spatial_dims, channels[0], channels[0]) if action_stride == 1 else nn.Identity()
         self.upsample_first = action_stride == 1
         self.head = Convolution(spatial_dims, channels[0], out_channels, kernel_size=3, conv_only=True)
-        # A first action close to zero: an untrained registration leaves the image where it is.
-        for parameter in self.head.parameters():
-            nn.init.normal_(parameter, std=1e-3) if parameter.ndim > 1 else nn.init.zeros_(parameter)
 
     def forward(self, plan: Tensor, features: list[Tensor], size: list[int]) -> Tensor:
         """Return the action (B, out_channels, *size) from the plan (B, P, *grid) and the planner's features."""
@@ -185,6 +196,7 @@ class PlannerActor(nn.Module):
         self.plan_shape = (plan_channels, *grid)
         self.planner = Planner(spatial_dims, in_channels, channels, plan_channels, grid)
         self.actor = Actor(spatial_dims, channels, plan_channels, out_channels, action_bound, action_stride)
+        _initialise(self, heads=[self.planner.head[-1], self.actor.head])
 
     def forward(self, observation: Tensor) -> Tensor:
         """One deterministic step: observation (B, in_channels, *spatial) to action (B, out_channels, *spatial)."""

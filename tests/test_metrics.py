@@ -51,6 +51,13 @@ def test_label_dice_equals_that_of_monai(size: tuple[int, ...], dtype: torch.dty
     torch.testing.assert_close(label_dice(moved, fixed), monai_dice(moved, fixed, 6))
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_nested_label_dice_equals_that_of_monai(size: tuple[int, ...]) -> None:
+    moved, fixed = torch.randint(0, 4, (2, 3, 1, *size))
+    masks = (torch.cat([label >= value for value in (1, 2, 3)], dim=1) for label in (moved, fixed))
+    torch.testing.assert_close(label_dice(moved, fixed, nested=True), compute_dice(*masks))
+
+
 def test_label_dice_is_nan_where_the_fixed_map_lacks_the_label() -> None:
     fixed, moved = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
     fixed[0, 0, :2] = 1

@@ -271,6 +271,28 @@ def test_dice_term_falls_to_zero_where_the_labels_meet(size: tuple[int, ...]) ->
     assert apart == pytest.approx(2 - 2 * monai_dice(blocks(size, shift=2), blocks(size)).item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_nested_labels_count_the_higher_values_in(size: tuple[int, ...]) -> None:
+    """A shift onto the fixed labels: no loss, and all that nested Dice can gain as the reward."""
+    task = RegistrationTask(len(size), dice_weight=2.0, nested_labels=True, fold_penalty=0.0)
+    core = blocks(size) * (blocks(size) != 3)
+    fixed, moving = core, core.roll(1, 2)
+    state = task.reset(random_pair(size, batch=1), torch.cat([fixed, moving], 1))
+    shift = constant_action(1.0, size)
+    torch.testing.assert_close(task.loss(state, shift, no_policy)["dice"], torch.tensor(0.0), atol=1e-4, rtol=0)
+    masks = (torch.cat([label >= value for value in (1, 2)], dim=1) for label in (moving, fixed))
+    gain = 1 - compute_dice(*masks).mean(1)
+    torch.testing.assert_close(task.step(state, shift)[1], 10 * gain)
+
+
+def test_ncc_term_follows_its_weight() -> None:
+    state = RegistrationTask(2).reset(random_pair(SIZES[0]))
+    action = smooth_action(SIZES[0], batch=2)
+    whole, half, none = (RegistrationTask(2, ncc_weight=w).loss(state, action, no_policy) for w in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(half["ncc"], whole["ncc"] / 2)
+    assert set(none) == {"smoothness"}
+
+
 def test_dice_term_of_fixed_images_without_labels_is_finite() -> None:
     size = (16, 14)
     label = random_labels(size)

@@ -34,9 +34,12 @@ class RegistrationTask(Task):
         spatial_dims: 2 or 3.
         ncc_window: window of the local NCC in voxels, odd.
         ncc_scales: levels of the NCC pyramid of the task loss; every level halves the images.
+        ncc_weight: weight of the NCC term of the task loss; 0 leaves it out.
         smoothness_weight: weight of the diffusion regulariser on the composed field.
         dice_weight: weight of the soft Dice term of the task loss; 0 keeps labels out of it.
         dice_reward: False rewards the gain in NCC even where labels are given.
+        nested_labels: the region of a label value is what has this value or a higher one, as a tumour's core lies in
+            the tumour, or the core of a stroke in its soft edge; False takes each value as a region of its own.
         reward_scale: factor on the reward.
         fold_penalty: what a wholly folded image would cost, in units of the similarity.
         success: Dice above which an episode has reached its goal.
@@ -48,9 +51,11 @@ class RegistrationTask(Task):
         *,
         ncc_window: int = 9,
         ncc_scales: int = 1,
+        ncc_weight: float = 1.0,
         smoothness_weight: float = 2.0,
         dice_weight: float = 0.0,
         dice_reward: bool = True,
+        nested_labels: bool = False,
         reward_scale: float = 10.0,
         fold_penalty: float = 1.0,
         success: float = 0.98,
@@ -59,9 +64,11 @@ class RegistrationTask(Task):
         self.spatial_dims = spatial_dims
         self.ncc_window = ncc_window
         self.ncc_scales = ncc_scales
+        self.ncc_weight = ncc_weight
         self.smoothness_weight = smoothness_weight
         self.dice_weight = dice_weight
         self.dice_reward = dice_reward
+        self.nested_labels = nested_labels
         self.reward_scale = reward_scale
         self.fold_penalty = fold_penalty
         self.success = success
@@ -127,17 +134,16 @@ class RegistrationTask(Task):
         return after, self.reward_scale * (after["score"] - before), dice > self.success
 
     def loss(self, state: State, action: Tensor, act: Act) -> dict[str, Tensor]:
-        """Return multi-scale local NCC, smoothness and, where ``dice_weight`` asks for it, soft Dice after the step.
+        """Return smoothness and, by their weights, multi-scale local NCC and soft Dice, all after the step.
 
         Raises:
             InputError: if ``dice_weight`` asks for labels and there are none.
         """
         displacement = compose(state["displacement"], action, self.warp)
-        moved = self.warp(state["moving"], displacement)
-        terms = {
-            "ncc": self._multi_scale_ncc(moved, state["fixed"]),
-            "smoothness": self.smoothness_weight * self.smoothness(displacement),
-        }
+        terms = {"smoothness": self.smoothness_weight * self.smoothness(displacement)}
+        if self.ncc_weight > 0:
+            moved = self.warp(state["moving"], displacement)
+            terms["ncc"] = self.ncc_weight * self._multi_scale_ncc(moved, state["fixed"])
         if self.dice_weight > 0:
             self._require_labels(state)
             terms["dice"] = self.dice_weight * self._soft_dice(state, displacement)
@@ -156,7 +162,7 @@ class RegistrationTask(Task):
         dice = torch.full_like(folded, torch.nan)
         if self.dice_reward and "fixed_label" in state:
             moved = self.warp_label(state["moving_label"].float(), state["displacement"])
-            dice = mean_label_dice(moved.round(), state["fixed_label"])
+            dice = mean_label_dice(moved.round(), state["fixed_label"], nested=self.nested_labels)
         similarity = dice
         if dice.isnan().any():  # no labels, or none in this fixed image
             similarity = torch.where(dice.isnan(), local_ncc(state["moved"], state["fixed"], self.ncc_window), dice)
@@ -175,6 +181,7 @@ class RegistrationTask(Task):
         values = values[values > 0].reshape(1, -1, *[1] * self.spatial_dims)
         if values.numel() == 0:  # nothing labelled in these fixed images
             return displacement.sum() * 0
-        moving = (state["moving_label"] == values).float()
-        dice: Tensor = self.dice(self.warp(moving, displacement), (state["fixed_label"] == values).float())
+        region = torch.ge if self.nested_labels else torch.eq
+        moving, fixed = (region(state[f"{role}_label"], values).float() for role in ("moving", "fixed"))
+        dice: Tensor = self.dice(self.warp(moving, displacement), fixed)
         return dice

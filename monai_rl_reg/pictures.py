@@ -1,0 +1,247 @@
+"""Two-dimensional pictures: read and write them, split a folder of them, and show several as one."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, Transform
+from torch import Tensor
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.nifti import replacing
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm")
+GAP = 2
+"""Pixels of white between the pictures of a strip."""
+CAPTION = 18
+"""Pixels of height of a strip's captions."""
+
+
+def import_extra(module: str) -> Any:
+    """Import a module that only the picture tasks need.
+
+    Raises:
+        InputError: if it is not installed, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f'module {module}: expected it to be installed (pip install "monai_rl_reg[images]"), found: {error}'
+        ) from error
+
+
+def read_picture(path: str | Path, *, what: str = "picture") -> Tensor:
+    """Read a picture of any format that PIL reads, as colours from 0 to 1: (3, H, W) in fp32.
+
+    Grey and palette pictures become colours, transparent pixels are laid on white, of an animation the first picture
+    is taken, and the camera's orientation (EXIF) is applied.
+
+    Args:
+        path: the file.
+        what: how messages call it.
+
+    Raises:
+        InputError: if the file is missing, unreadable, or has values outside its range.
+    """
+    path = Path(path)
+    image_module, operations = import_extra("PIL.Image"), import_extra("PIL.ImageOps")
+    if not path.is_file():
+        raise InputError(f"{what} {path}: expected a file, found {'a folder' if path.is_dir() else 'none'}")
+    try:
+        with image_module.open(path) as file:
+            picture = operations.exif_transpose(file)
+        if picture.mode[0] in "IF":  # grey in 16 or 32 bits: PIL's own conversion would clip it to 8
+            grey = np.array(picture, dtype=np.float32) / (1 if picture.mode == "F" else 65535)
+            pixels = np.stack([grey] * 3)
+        else:
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = image_module.alpha_composite(image_module.new("RGBA", picture.size, "white"), picture)
+            pixels = np.moveaxis(np.array(picture.convert("RGB"), dtype=np.float32) / 255, -1, 0)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise InputError(
+            f"{what} {path}: expected a picture that can be read, found {path.stat().st_size:,} bytes that cannot "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # floating point or 32 bits; also not a number
+        most = "1" if picture.mode == "F" else "65535"
+        raise InputError(f"{what} {path}: expected values from 0 to {most} in a picture of mode {picture.mode}")
+    return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+class LoadPictured(MapTransform):
+    """Read pictures with every check of :func:`read_picture`: (3, H, W) in fp32 from 0 to 1 in place of each path.
+
+    Adds ``<key>_file``, the path, for messages and for naming outputs.
+
+    Args:
+        keys: of the paths.
+        allow_missing_keys: leave out keys that the dictionary lacks instead of raising KeyError.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the dictionary with tensors."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[f"{key}_file"] = str(data[key])
+            result[key] = read_picture(data[key], what=str(key))
+        return result
+
+
+class SplitSideBySided(Transform):
+    """Split one picture that shows a photograph and its label map side by side: the layout of the CMP facades.
+
+    By default MONAI's pair comes out: ``image``, the label map that the network gets, and ``label``, the photograph
+    that it should give; (C, H, W / 2) each.
+
+    Args:
+        photo_key: where the photograph goes.
+        label_key: where the label map goes.
+        label_side: ``right`` or ``left``: the half that is the label map.
+        key: of the whole picture, (C, H, W).
+
+    Raises:
+        InputError: if ``label_side`` is another word, or (when called) the width is not even.
+    """
+
+    def __init__(
+        self, photo_key: str = "label", label_key: str = "image", label_side: str = "right", key: str = "image"
+    ) -> None:
+        if label_side not in ("left", "right"):
+            raise InputError(f"label_side: expected left or right, found {label_side!r}")
+        self.photo_key, self.label_key, self.label_side, self.key = photo_key, label_key, label_side, key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the dictionary with the two halves."""
+        result = dict(data)
+        whole = result.pop(self.key)
+        if whole.shape[-1] % 2:
+            raise InputError(
+                f"picture {data.get(f'{self.key}_file', '')}: expected a photograph and a label map side by side, "
+                f"thus an even width, found {whole.shape[-1]} pixels"
+            )
+        left, right = whole.chunk(2, dim=-1)
+        photo, label = (left, right) if self.label_side == "right" else (right, left)
+        return result | {self.photo_key: photo.contiguous(), self.label_key: label.contiguous()}
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """List the pictures of a folder (not of its subfolders) in natural order: ``2.jpg`` comes before ``10.jpg``.
+
+    Raises:
+        InputError: if the folder is missing or has no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(
+            f"dataset {folder}: expected a folder of pictures, found {'a file' if folder.exists() else 'none'}"
+        )
+    paths = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()]
+    if not paths:
+        raise InputError(f"dataset {folder}: expected pictures ({', '.join(SUFFIXES)}) in this folder, found none")
+    return sorted(paths, key=lambda path: (_natural(path.name), path.name))
+
+
+def split_pictures(
+    dataset_dir: str | Path | None,
+    *,
+    default: Callable[[], Path],
+    hold_back: float,
+    limit: int | None = None,
+) -> dict[str, list[dict[str, str]]]:
+    """Return the pictures of ``training`` and ``validation``, each a list of ``image``, a path, and ``name``.
+
+    Names are file names without suffix, or with it where two files would share one.
+
+    Args:
+        dataset_dir: folder of pictures; None takes the folder that ``default`` returns, and prints that.
+        default: makes a folder of pictures for people without data.
+        hold_back: how many of the last pictures are for validation; below 1, which share of all (at least one
+            picture, unless it is 0).
+        limit: most pictures to train on, the first ones; validation does not change with it.
+
+    Raises:
+        InputError: if the folder is missing or empty, or nothing is left to train on.
+    """
+    if dataset_dir is None:
+        dataset_dir = default()
+        print(f"No data given: using the {len(list_pictures(dataset_dir))} pictures in {dataset_dir}")
+    paths = list_pictures(dataset_dir)
+    held_out = int(hold_back) if hold_back >= 1 else math.ceil(hold_back * len(paths))
+    if not 0 <= held_out < len(paths):
+        raise InputError(
+            f"dataset {dataset_dir}: expected more pictures than the {held_out} to hold back for validation, "
+            f"found {len(paths)}"
+        )
+    shared = Counter(path.stem for path in paths)
+    rows = [{"image": str(p), "name": p.stem if shared[p.stem] == 1 else p.name} for p in paths]
+    first = len(rows) - held_out
+    return {"training": rows[:first][:limit], "validation": rows[first:]}
+
+
+def write_picture(path: str | Path, picture: Tensor) -> None:
+    """Write a picture, in the format that the suffix says; complete or not at all.
+
+    Args:
+        path: the file.
+        picture: (3, H, W) or (1, H, W), from 0 to 1; what is outside is clipped.
+
+    Raises:
+        InputError: if the suffix is not a picture's, or the file cannot be written.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise InputError(f"output {path}: expected one of the suffixes {', '.join(SUFFIXES)}, found none of them")
+    pixels = to_bytes(picture)
+    image = import_extra("PIL.Image").fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    with replacing(path) as temporary:
+        image.save(temporary, quality=95)
+
+
+def strip(pictures: Sequence[Tensor], captions: Sequence[str] | None = None) -> Tensor:
+    """Lay pictures out in a row, with thin white gaps and, where there are any, captions above.
+
+    Args:
+        pictures: (3, H, W) or (1, H, W) each, of one height.
+        captions: a line for each picture.
+
+    Returns:
+        one picture (3, H', W').
+    """
+    cells = [picture.detach().cpu().float().expand(3, -1, -1) for picture in pictures]
+    if captions is not None:
+        cells = [
+            torch.cat([_caption(text, cell.shape[-1]), cell], dim=1) for text, cell in zip(captions, cells, strict=True)
+        ]
+    gap = torch.ones(3, cells[0].shape[1], GAP)
+    return torch.cat([part for cell in cells for part in (gap, cell)][1:], dim=2)
+
+
+def to_bytes(picture: Tensor) -> np.ndarray:
+    """Return a picture (C, H, W) from 0 to 1 as (H, W, C) uint8, rounded and clipped."""
+    return picture.detach().float().mul(255).round().clamp(0, 255).byte().movedim(0, -1).contiguous().cpu().numpy()
+
+
+def _caption(text: str, width: int) -> Tensor:
+    """Draw a line of black text on white, (3, CAPTION, width); what is too long is cut off."""
+    image = import_extra("PIL.Image").new("L", (width, CAPTION), "white")
+    import_extra("PIL.ImageDraw").Draw(image).text((2, 2), text, fill="black")
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255).expand(3, -1, -1)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key in which numbers count as numbers."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name.lower())]

@@ -1,0 +1,242 @@
+"""Video: read and write clips, optical flow between frames, and how steady a stylised clip is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.networks.blocks import Warp
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.pictures import import_extra, list_pictures, read_picture, to_bytes
+
+RATE = Fraction(24)
+"""Frames a second of a folder of pictures, which does not say."""
+
+
+class VideoFrames(Dataset[dict[str, Any]]):
+    """The frames of a clip, read in their order: ``image``, (3, H, W) in [0, 1], and ``name``, the frame's number.
+
+    Args:
+        path: a video file of any format that PyAV reads, or a folder of pictures.
+
+    Attributes:
+        rate: frames a second.
+        size: (H, W) in pixels.
+
+    Raises:
+        InputError: if there is no such file, or no video in it that can be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.rate = RATE
+        self.pictures: list[Path] = []
+        self._frames: Iterator[Tensor] | None = None
+        self._next = 0
+        if self.path.is_dir():
+            self.pictures = list_pictures(self.path)
+            self.count = len(self.pictures)
+            self.size = tuple(read_picture(self.pictures[0]).shape[1:])
+            return
+        if not self.path.is_file():
+            raise InputError(f"video {self.path}: expected a video file or a folder of pictures, found none")
+        av = import_extra("av")
+        try:
+            with av.open(str(self.path)) as container:
+                stream = container.streams.video[0]
+                self.rate = Fraction(stream.average_rate)
+                self.size = (stream.height, stream.width)
+                # containers may not know; decoding once costs little beside what is done with the frames
+                self.count = stream.frames or sum(1 for _ in container.decode(stream))
+        except Exception as error:
+            raise InputError(
+                f"video {self.path}: expected a video that can be read, found {self.path.stat().st_size:,} bytes that "
+                f"cannot ({type(error).__name__}: {' '.join(str(error).split())})"
+            ) from error
+        if not self.count:
+            raise InputError(f"video {self.path}: expected at least one frame, found none")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the frame of this number; going on from the last one is quick, anything else starts anew.
+
+        Raises:
+            InputError: if the frame cannot be read.
+        """
+        if self.pictures:
+            return {"image": read_picture(self.pictures[index]), "name": index}
+        if self._frames is None or index != self._next:
+            self._frames, self._next = self._decode(), 0
+        for frame in self._frames:
+            self._next += 1
+            if self._next == index + 1:
+                return {"image": frame, "name": index}
+        raise InputError(f"video {self.path}: expected {self.count} frames, found {self._next}")
+
+    def _decode(self) -> Iterator[Tensor]:
+        with import_extra("av").open(str(self.path)) as container:
+            for frame in container.decode(video=0):
+                pixels = frame.to_ndarray(format="rgb24").astype(np.float32) / 255
+                yield torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class VideoFile:
+    """Write an mp4 (H.264) frame by frame, beside its place; it is moved there when the ``with`` block ends well.
+
+    The size and the frame rate are kept as they are. Sizes that are not even are written without chroma subsampling,
+    which needs even ones.
+
+    Args:
+        path: the file, ``.mp4``.
+        rate: frames a second.
+
+    Raises:
+        InputError: if the folder cannot be written to.
+    """
+
+    def __init__(self, path: str | Path, rate: Fraction | float) -> None:
+        self.path = Path(path)
+        self.rate = Fraction(rate).limit_denominator(100_000)
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp.mp4")
+        self.stream: Any = None
+
+    def __enter__(self) -> VideoFile:
+        av = import_extra("av")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.container = av.open(str(self.temporary), "w")
+        except OSError as error:
+            raise InputError(
+                f"output {self.path}: expected a folder that can be written to, found: {error.strerror}"
+            ) from error
+        return self
+
+    def add(self, frame: Tensor) -> None:
+        """Append a frame, (3, H, W) in [0, 1]; all frames have one size."""
+        av = import_extra("av")
+        pixels = to_bytes(frame)
+        if self.stream is None:
+            height, width = pixels.shape[:2]
+            self.stream = self.container.add_stream("libx264", rate=self.rate, options={"crf": "17"})
+            self.stream.width, self.stream.height = width, height
+            self.stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self.stream is not None:
+            self.container.mux(self.stream.encode())
+        self.container.close()
+        if kind is None:
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+class VideoWriter:
+    """Handler that writes an evaluator's results as one clip, frame by frame, with a progress bar.
+
+    Args:
+        path: the file, ``.mp4``.
+        frames: the clip that is being worked on, for its rate and length.
+    """
+
+    def __init__(self, path: str, frames: VideoFrames) -> None:
+        self.path = Path(path)
+        self.frames = frames
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this evaluator."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.COMPLETED, self._end)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def _start(self, engine: Engine) -> None:
+        self.file = VideoFile(self.path, self.frames.rate).__enter__()
+        self.bar = tqdm(total=len(self.frames), desc="frames", unit="frame", dynamic_ncols=True)
+
+    def _add(self, engine: Engine) -> None:
+        results: Any = engine.state.output
+        for result in results:
+            self.file.add(result["pred"])
+            self.bar.update()
+
+    def _end(self, engine: Engine) -> None:
+        self.bar.close()
+        self.file.__exit__(None, None, None)
+        print(f"Wrote {self.path.resolve()}")
+
+    def _fail(self, engine: Engine, error: BaseException) -> None:
+        self.bar.close()
+        self.file.__exit__(type(error), error, None)
+        raise error
+
+
+def optical_flow(a: Tensor, b: Tensor) -> Tensor:
+    """Return the flow from frame a to frame b by OpenCV's DIS, (2, H, W) in pixels: b(x + flow(x)) resembles a(x).
+
+    Args:
+        a: (3, H, W) in [0, 1].
+        b: likewise.
+    """
+    cv2 = import_extra("cv2")
+    grey = [cv2.cvtColor(to_bytes(frame), cv2.COLOR_RGB2GRAY) for frame in (a, b)]
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)
+    return torch.from_numpy(flow).permute(2, 0, 1).flip(0).contiguous()  # OpenCV has columns first
+
+
+def flows_between(frames: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each frame but the first, the flow back to the one before, (2, H, W), and where it holds, (1, H, W).
+
+    It holds where the flow there and back ends within a pixel of where it began: nothing was hidden.
+    """
+    flows = []
+    warp = Warp("bilinear", "border")
+    for before, after in pairwise(frames):
+        back, there = optical_flow(after, before), optical_flow(before, after)
+        returned = back + warp(there[None], back[None])[0]
+        flows.append((back, returned.norm(dim=0, keepdim=True) < 1.0))
+    return flows
+
+
+def temporal_error(stylised: Sequence[Tensor], flows: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the warp error of a stylised clip: how much frames differ beyond what moved, as mean absolute difference.
+
+    Args:
+        stylised: (3, H, W) each, in [0, 1].
+        flows: of the clip before it was stylised, by :func:`flows_between`.
+    """
+    warp = Warp("bilinear", "border")
+    errors = []
+    for before, after, (back, holds) in zip(stylised, stylised[1:], flows, strict=False):
+        difference = (warp(before[None], back[None])[0] - after).abs().mean(0, keepdim=True)
+        errors.append(float((difference * holds).sum() / holds.sum().clamp(min=1)))
+    return float(np.mean(errors))
+
+
+def list_clips(folder: str | Path) -> dict[str, VideoFrames]:
+    """Return the clips of a folder by name: video files and subfolders of pictures.
+
+    Raises:
+        InputError: if there is no such folder or no clip in it.
+    """
+    folder = Path(folder)
+    found = sorted(p for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+    if not found:
+        raise InputError(f"clips {folder}: expected a folder with clips (video files or folders of frames), found none")
+    return {path.name: VideoFrames(path) for path in found}
