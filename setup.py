@@ -2,13 +2,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-test = ["pytest>=8", "jsonschema", "mlflow>=2.15", "ruff>=0.8", "mypy>=1.10"]
+images = ["torchvision", "pillow", "scikit-image", "scikit-learn", "lpips", "opencv-python-headless", "av"]
+test = [*images, "pytest>=8", "jsonschema", "mlflow>=2.15", "ruff>=0.8", "mypy>=1.10"]
 docs = ["sphinx>=7", "myst-parser>=3", "furo", "matplotlib", "sphinx-mathjax-offline"]
 
 setup(
     name="monai_rl_reg",
     version="0.1.0",
-    description="Stepwise deformable registration by reinforcement learning, as MONAI bundles",
+    description="Stepwise image registration and image-to-image translation by reinforcement learning, as MONAI bundles",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -27,5 +28,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"test": test, "docs": docs},
+    extras_require={"images": images, "style": images, "test": test, "docs": docs},
 )

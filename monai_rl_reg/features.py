@@ -47,6 +47,9 @@ class FeatureNetwork(nn.Module):
         if not self.layers:
             raise InputError(f"feature network {network}: expected layers to look at (known: {', '.join(LAYERS)})")
         model = _load(network, weights)
+        for layer in self.layers:
+            if layer + 1 < len(model) and isinstance(model[layer + 1], nn.ReLU):
+                model[layer + 1].inplace = False  # it would overwrite what the layer gave
         # In a list, so that state_dict passes it by; _apply moves it all the same.
         self._model = [model[: max(self.layers) + 1].requires_grad_(False).eval()]
         self.mean: Tensor

@@ -283,8 +283,8 @@ class PictureWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
 
     def _write(self, engine: Engine) -> None:
-        several = (engine.state.epoch_length or 1) > 1
         history = self.inferer.history
+        several = (engine.state.epoch_length or 1) * len(history[0]) > 1
         shown = np.unique(np.linspace(0, len(history) - 1, min(self.most, len(history))).round().astype(int))
         for item in range(len(history[0])):
             suffix = f"_{self.count:04d}" if several else ""

@@ -1,7 +1,7 @@
 """Video style transfer as a task: image style transfer that remembers, and is taught to be steady from frame to frame.
 
 References:
-    RL-NST, arXiv 2310.00405; compound temporal regularisation from single frames, arXiv 1808.04768.
+    RL-NST, arXiv 2310.00405; Consistent Video Style Transfer via Compound Regularization, AAAI 2020.
 """
 
 from __future__ import annotations

@@ -1,0 +1,101 @@
+"""Clips: what is written is what is read, flow points the right way, and steadiness is measured."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from monai.networks.blocks import Warp
+from torch import Tensor
+from torch.nn import functional as F
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.pictures import write_picture
+from monai_rl_reg.video import VideoFile, VideoFrames, flows_between, list_clips, optical_flow, temporal_error
+
+pytest.importorskip("av")
+pytest.importorskip("cv2")
+
+
+def texture(height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, height // 6 + 2, width // 6 + 2, generator=generator)
+    return F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)[0]
+
+
+def pan(count: int, *, down: int = 1, right: int = 2, size: tuple[int, int] = (64, 96)) -> list[Tensor]:
+    """A view that moves over a texture: what is seen moves up and to the left."""
+    height, width = size
+    whole = texture(height + down * count, width + right * count)
+    return [whole[:, down * i : down * i + height, right * i : right * i + width] for i in range(count)]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (47, 63)])
+@pytest.mark.parametrize("rate", [Fraction(25), Fraction(30000, 1001)])
+def test_size_rate_and_frames_are_kept(size: tuple[int, int], rate: Fraction, tmp_path: Path) -> None:
+    frames = pan(5, size=size)
+    with VideoFile(tmp_path / "clip.mp4", rate) as file:
+        for frame in frames:
+            file.add(frame)
+    read = VideoFrames(tmp_path / "clip.mp4")
+    assert (len(read), read.size, read.rate) == (5, size, rate)
+    for i, frame in enumerate(frames):
+        assert (read[i]["image"] - frame).abs().mean() < 0.06, "colours are kept at half the resolution"
+    assert (read[1]["image"] - frames[1]).abs().mean() < 0.06, "going back"
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_an_interrupted_clip_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+
+    def interrupted() -> None:
+        with VideoFile(path, 24) as file:
+            file.add(texture(32, 32))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_folder_of_pictures_is_a_clip(tmp_path: Path) -> None:
+    (tmp_path / "walk").mkdir()
+    for i, frame in enumerate(pan(12)):
+        write_picture(tmp_path / "walk" / f"{i}.png", frame)
+    clip = list_clips(tmp_path)["walk"]
+    assert (len(clip), clip.rate) == (12, 24)
+    torch.testing.assert_close(clip[10]["image"], pan(12)[10], atol=0.003, rtol=0)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no video at all"])
+def test_bad_files(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"clip\.mp4: expected a video"):
+        VideoFrames(path)
+    with pytest.raises(InputError, match="expected a folder with clips"):
+        list_clips(tmp_path / "none")
+
+
+def test_flow_is_in_the_convention_of_warp() -> None:
+    a, b = pan(2, down=2, right=5)
+    flow = optical_flow(a, b)[:, 12:-12, 12:-12]
+    assert flow.flatten(1).median(1).values.tolist() == pytest.approx([-2, -5], abs=0.3)
+    error = (Warp("bilinear", "border")(b[None], optical_flow(a, b)[None])[0] - a)[:, 12:-12, 12:-12].abs().mean()
+    assert error < 0.1 * (b - a)[:, 12:-12, 12:-12].abs().mean()
+
+
+def test_only_what_flickers_counts() -> None:
+    frames = pan(4)
+    flows = flows_between(frames)
+    assert all(float(holds.float().mean()) > 0.7 for _, holds in flows)
+    steady = temporal_error(frames, flows)
+    generator = torch.Generator().manual_seed(1)
+    flickering = [(frame + 0.1 * torch.randn(frame.shape, generator=generator)).clamp(0, 1) for frame in frames]
+    assert steady < 0.01
+    assert temporal_error(flickering, flows) > 5 * steady
