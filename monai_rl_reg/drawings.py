@@ -1,4 +1,4 @@
-"""Small sets of pictures for people without data: drawn faces, facades, a style and a clip, and packaged photographs."""
+"""Small sets of pictures for people without data: drawn faces, facades, a style, a clip, and packaged photographs."""
 
 from __future__ import annotations
 
@@ -380,12 +380,10 @@ def _face(random: Generator, size: int) -> Array:
         sheet.line(_curve(np.array([-1, 0, 1]) * (apart - 0.075) + 0.5, level - np.array([0, 0.01, 0])), 0.011, frame)
 
     picture = sheet.pixels()
-    turn, tilt = u(-1, 1), u(0.1, 0.6)  # light on a ball about the size of the head
-    right, below = (x - 0.5) / (across * 1.3), (y - middle) / (down * 1.3)
-    far = np.maximum(np.hypot(right, below), 1)
-    right, below = right / far, below / far
-    towards = np.sqrt(np.maximum(1 - right**2 - below**2, 0))
-    shade = 0.72 + 0.3 * (turn * 0.7 * right - tilt * below) + 0.3 * towards
+    aside, tilt = u(-1, 1), u(0.1, 0.6)  # light from one side and above, strongest on the head
+    right, below = (x - 0.5) / (across * 1.6), (y - middle) / (down * 1.6)
+    near = np.exp(-(right**2) - below**2)
+    shade = 0.75 + near * (0.28 + 0.6 * aside * right - 0.5 * tilt * below)
     tint = 1 + u(-0.06, 0.06, 3)
     return np.clip(picture * shade[..., None] * tint + random.normal(0, 0.008, picture.shape), 0, 1)
 
@@ -432,7 +430,7 @@ def _facade(random: Generator, size: int) -> Array:
         edge, glass = 0.008, _hsv(u(0.55, 0.62), u(0.15, 0.45), u(0.12, 0.4))
         photo.box(middle - reach + edge, upper + edge, middle + reach - edge, lower - edge, glass)
         shine = np.array([(-1, 0.1), (0.2, 0.1), (-0.5, 0.9), (-1, 0.9)]) * [reach - edge, lower - upper]
-        photo.polygon(shine + [middle, upper], 0.7 * glass + 0.3 * np.array([0.75, 0.85, 0.95]))
+        photo.polygon(shine + np.array([middle, upper]), 0.7 * glass + 0.3 * np.array([0.75, 0.85, 0.95]))
         photo.box(middle - 0.004, upper, middle + 0.004, lower, frame)
         photo.box(
             middle - reach,
@@ -516,15 +514,13 @@ def _masonry(random: Generator, photo: _Sheet, box: tuple[float, float, float, f
     """Draw bricks, blocks or plaster over a wall."""
     left, top, right, bottom = box
     high, wide, spread = ((0.022, 0.05, 0.09), (0.055, 0.12, 0.05), (0.03, 0.03, 0.025))[random.integers(3)]
-    joint = 0.0 if high == wide else 0.005
+    joint = 0.0 if high == wide else 0.005  # of mortar: there the wall shows
     for row, upper in enumerate(np.arange(top, bottom, high)):
         for start in np.arange(left - wide * (0.5 * (row % 2)), right, wide):
             colour = wall * (1 + random.uniform(-spread, spread))
             photo.box(
                 max(start, left), upper, min(start + wide, right) - joint, min(upper + high, bottom) - joint, colour
             )
-    if joint:  # where nothing was drawn, the mortar shows
-        return
 
 
 def _painting(random: Generator, size: int) -> Array:

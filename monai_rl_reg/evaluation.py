@@ -17,6 +17,7 @@ from tqdm import tqdm
 from monai_rl_reg.inferer import FramewiseInferer
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.nifti import replacing
+from monai_rl_reg.pictures import grid, write_picture
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.style import StyleTask
 from monai_rl_reg.tasks.task import State, Task
@@ -62,6 +63,8 @@ class StepwiseEvaluation:
             a model whose network is None is left out.
         figures: name to figure of merit.
         output_dir: where the two files go.
+        examples: how many of the first items ``examples.png`` shows.
+        shown: the entries of the state to show: of the start, of every model's end, or the same in both.
         device: where to compute.
     """
 
@@ -73,10 +76,14 @@ class StepwiseEvaluation:
         figures: Mapping[str, Figure],
         output_dir: str,
         *,
+        examples: int = 32,
+        shown: Sequence[str] = (),
         device: str | torch.device = "cpu",
     ) -> None:
         self.task = task
         self.data = data
+        self.examples = examples
+        self.shown = shown
         self.models = {name: (network, steps) for name, (network, steps) in models.items() if network is not None}
         self.figures = figures
         self.output_dir = Path(output_dir)
@@ -86,6 +93,7 @@ class StepwiseEvaluation:
     def run(self) -> dict[str, Any]:
         """Evaluate, write the two files and return the summary."""
         rows: list[dict[str, Any]] = []
+        gallery: list[list[Tensor]] = []
         for network, _ in self.models.values():
             network.eval()
         for batch in tqdm(self.data, desc="evaluating", dynamic_ncols=True):
@@ -94,6 +102,7 @@ class StepwiseEvaluation:
                 for key in ("image", "label")
             )
             names = batch.get("name", range(len(rows), len(rows) + len(image)))  # type: ignore[arg-type]
+            ends: list[State] = []
             for model, (network, steps) in self.models.items():
                 state, seconds = self.task.reset(image, label), 0.0  # type: ignore[arg-type]
                 rows += self._rows(names, model, 0, state, seconds)
@@ -102,6 +111,12 @@ class StepwiseEvaluation:
                     seconds += time.perf_counter() - started
                     rows += self._rows(names, model, step, state, seconds)
                     started = time.perf_counter()
+                ends.append(state)
+            if self.shown and len(gallery) < self.examples:
+                gallery += _examples(self.task.reset(image, label), ends, self.shown)  # type: ignore[arg-type]
+        if gallery:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_picture(self.output_dir / "examples.png", grid(gallery[: self.examples]))
         return self._write(rows)
 
     def _rows(self, names: Iterable[Any], model: str, step: int, state: State, seconds: float) -> list[dict[str, Any]]:
@@ -125,6 +140,15 @@ class StepwiseEvaluation:
             print(f"{model}, {steps} {'steps' if steps > 1 else 'step'}: {last}")
         _write_table(self.output_dir, rows, summary)
         return summary
+
+
+def _examples(start: State, ends: Sequence[State], shown: Sequence[str]) -> list[list[Tensor]]:
+    """Return the pictures of each item: what stays the same once, what changes after every model."""
+    columns: list[Tensor] = []
+    for key in shown:
+        changes = any(end[key] is not start[key] and not torch.equal(end[key], start[key]) for end in ends)
+        columns += [end[key] for end in ends] if changes else [start[key]]
+    return [[column[i].cpu() for column in columns] for i in range(len(columns[0]))]
 
 
 def _mean(rows: list[dict[str, Any]], model: str, step: int, figure: str) -> float:

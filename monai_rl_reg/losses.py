@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from monai_rl_reg.networks import PlannerActor, TwinCritic
 from monai_rl_reg.rollout import Transition
-from monai_rl_reg.tasks.task import Task
+from monai_rl_reg.tasks.task import State, Task
 
 
 class _BoxSum(torch.autograd.Function):
@@ -106,7 +106,7 @@ class SoftActorCriticLoss(nn.Module):
         J_Q     = E[ (Q_i(s,p) - r - gamma (1-d) (min_j Qbar_j(s',p') - alpha log pi(p'|s') / n))^2 ]
         J_pi    = E[ alpha log pi(p|s) / n - min_i Q_i(s,p) ]
         J_alpha = E[ -log alpha (log pi(p|s) / n + H_target) ]
-        J_task  = the task's own loss on the action
+        J_task  = the task's own loss on the action, averaged over ``unroll`` steps
 
     J_Q moves the critics, J_pi the planner, J_alpha the temperature, J_task planner and actor.
 
@@ -118,6 +118,7 @@ class SoftActorCriticLoss(nn.Module):
         critic: the twin critics.
         task: gives the task loss.
         reinforcement: False is the control: the same network, deterministic, by the task loss alone.
+        unroll: steps that the task loss follows, with the gradient through all of them; 1 looks at the action alone.
         planner_weight: weight of J_pi against the task loss.
         planner_warm_up: updates before J_pi enters; the critics learn from the first one.
         discount: gamma.
@@ -133,6 +134,7 @@ class SoftActorCriticLoss(nn.Module):
         task: Task,
         *,
         reinforcement: bool = True,
+        unroll: int = 1,
         planner_weight: float = 0.1,
         planner_warm_up: int = 0,
         discount: float = 0.99,
@@ -149,6 +151,7 @@ class SoftActorCriticLoss(nn.Module):
         self.register_buffer("updates", torch.tensor(0))
         self.updates: Tensor
         self.reinforcement = reinforcement
+        self.unroll = unroll
         self.planner_weight = planner_weight
         self.planner_warm_up = planner_warm_up
         self.discount = discount
@@ -162,7 +165,7 @@ class SoftActorCriticLoss(nn.Module):
         """Return the terms to be summed and minimised, and detached figures worth logging."""
         observation = self.task.observe(batch.state)
         if not self.reinforcement:
-            return self.task.loss(batch.state, self.policy(observation), self.policy), {}
+            return self._task_loss(batch.state, self.policy(observation)), {}
         plan, log_prob, action = self.policy.sample(observation)
         log_prob = log_prob / plan[0].numel()
         temperature = self.log_temperature.exp().detach()
@@ -193,7 +196,16 @@ class SoftActorCriticLoss(nn.Module):
             "entropy": -log_prob.detach().mean(),
             "alpha": temperature,
         }
-        return terms | self.task.loss(batch.state, action, self.policy), figures
+        return terms | self._task_loss(batch.state, action), figures
+
+    def _task_loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
+        terms = self.task.loss(state, action, self.policy)
+        for _ in range(self.unroll - 1):
+            state = self.task.advance(state, action)
+            action = self.policy(self.task.observe(state))
+            for name, value in self.task.loss(state, action, self.policy).items():
+                terms[name] = terms[name] + value
+        return {name: value / self.unroll for name, value in terms.items()}
 
     @torch.no_grad()
     def update_targets(self) -> None:

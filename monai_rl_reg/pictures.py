@@ -15,6 +15,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
 from torch import Tensor
+from torch.nn import functional as F
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.nifti import replacing
@@ -75,8 +76,11 @@ def read_picture(path: str | Path, *, what: str = "picture") -> Tensor:
             f"({type(error).__name__}: {reason})"
         ) from error
     if not (pixels.min() >= 0 and pixels.max() <= 1):  # floating point or 32 bits; also not a number
-        most = "1" if picture.mode == "F" else "65535"
-        raise InputError(f"{what} {path}: expected values from 0 to {most} in a picture of mode {picture.mode}")
+        most = 1 if picture.mode == "F" else 65535
+        raise InputError(
+            f"{what} {path}: expected values from 0 to {most} in a picture of mode {picture.mode}, "
+            f"found {most * pixels.min():g} to {most * pixels.max():g}"
+        )
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
@@ -175,19 +179,23 @@ def split_pictures(
         limit: most pictures to train on, the first ones; validation does not change with it.
 
     Raises:
-        InputError: if the folder is missing or empty, or nothing is left to train on.
+        InputError: if the folder is missing or empty, ``hold_back`` is negative, or nothing is left to train on.
     """
     if dataset_dir is None:
         dataset_dir = default()
         print(f"No data given: using the {len(list_pictures(dataset_dir))} pictures in {dataset_dir}")
     paths = list_pictures(dataset_dir)
-    held_out = int(hold_back) if hold_back >= 1 else math.ceil(hold_back * len(paths))
-    if not 0 <= held_out < len(paths):
+    if not hold_back >= 0:
+        raise InputError(f"hold_back: expected 0, a share or a number of pictures, found {hold_back}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit: expected at least 1 picture to train on, found {limit}")
+    held_out = int(hold_back) if hold_back >= 1 else math.ceil(hold_back * len(paths) - 1e-9)  # 0.07 * 100 > 7
+    if held_out >= len(paths):
         raise InputError(
             f"dataset {dataset_dir}: expected more pictures than the {held_out} to hold back for validation, "
             f"found {len(paths)}"
         )
-    shared = Counter(path.stem for path in paths)
+    shared = Counter(name for path in paths for name in (path.stem, path.name))
     rows = [{"image": str(p), "name": p.stem if shared[p.stem] == 1 else p.name} for p in paths]
     first = len(rows) - held_out
     return {"training": rows[:first][:limit], "validation": rows[first:]}
@@ -208,7 +216,13 @@ def write_picture(path: str | Path, picture: Tensor) -> None:
     pixels = to_bytes(picture)
     image = import_extra("PIL.Image").fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     with replacing(path) as temporary:
-        image.save(temporary, quality=95)
+        try:
+            image.save(temporary, quality=95)
+        except (ValueError, OverflowError) as error:
+            raise InputError(
+                f"output {path}: expected a size that the format can hold, found {image.width} x {image.height} "
+                f"pixels ({error})"
+            ) from error
 
 
 def strip(pictures: Sequence[Tensor], captions: Sequence[str] | None = None) -> Tensor:
@@ -228,6 +242,19 @@ def strip(pictures: Sequence[Tensor], captions: Sequence[str] | None = None) -> 
         ]
     gap = torch.ones(3, cells[0].shape[1], GAP)
     return torch.cat([part for cell in cells for part in (gap, cell)][1:], dim=2)
+
+
+def grid(rows: Sequence[Sequence[Tensor]], *, across: int = 4) -> Tensor:
+    """Lay rows of pictures out as one picture (3, H', W'): each row a :func:`strip`, ``across`` of them side by side.
+
+    Args:
+        rows: (3, H, W) or (1, H, W) each, all of one size, and as many in every row.
+        across: rows in one line.
+    """
+    strips = [F.pad(strip(row), (0, 3 * GAP, 0, GAP), value=1.0) for row in rows]
+    strips += [torch.ones_like(strips[0])] * (-len(strips) % min(across, len(strips)))
+    lines = [torch.cat(strips[i : i + across], dim=2) for i in range(0, len(strips), across)]
+    return torch.cat(lines, dim=1)
 
 
 def to_bytes(picture: Tensor) -> np.ndarray:

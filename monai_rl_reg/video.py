@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.geometry import identity_grid
 from monai_rl_reg.pictures import import_extra, list_pictures, read_picture, to_bytes
 
 RATE = Fraction(24)
@@ -54,6 +55,8 @@ class VideoFrames(Dataset[dict[str, Any]]):
         av = import_extra("av")
         try:
             with av.open(str(self.path)) as container:
+                if not container.streams.video:
+                    raise ValueError("no video stream")
                 stream = container.streams.video[0]
                 self.rate = Fraction(stream.average_rate)
                 self.size = (stream.height, stream.width)
@@ -104,11 +107,13 @@ class VideoFile:
         rate: frames a second.
 
     Raises:
-        InputError: if the folder cannot be written to.
+        InputError: if the suffix is another one, the folder cannot be written to, or frames differ in size.
     """
 
     def __init__(self, path: str | Path, rate: Fraction | float) -> None:
         self.path = Path(path)
+        if self.path.suffix != ".mp4":
+            raise InputError(f"output {path}: expected a name that ends in .mp4, found {self.path.name}")
         self.rate = Fraction(rate).limit_denominator(100_000)
         self.temporary = self.path.with_name(f".{self.path.name}.tmp.mp4")
         self.stream: Any = None
@@ -133,17 +138,23 @@ class VideoFile:
             self.stream = self.container.add_stream("libx264", rate=self.rate, options={"crf": "17"})
             self.stream.width, self.stream.height = width, height
             self.stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+        if pixels.shape[:2] != (self.stream.height, self.stream.width):
+            raise InputError(
+                f"output {self.path}: expected frames of one size, {self.stream.width} x {self.stream.height}, found one "
+                f"of {pixels.shape[1]} x {pixels.shape[0]}"
+            )
         self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self.stream is not None:
-            self.container.mux(self.stream.encode())
-        self.container.close()
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
+        try:
+            if kind is None and self.stream is not None:
+                self.container.mux(self.stream.encode())
+            self.container.close()
+            if kind is None and self.stream is not None:
+                self.temporary.replace(self.path)
+        finally:
             self.temporary.unlink(missing_ok=True)
 
 
@@ -203,14 +214,19 @@ def optical_flow(a: Tensor, b: Tensor) -> Tensor:
 def flows_between(frames: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return, for each frame but the first, the flow back to the one before, (2, H, W), and where it holds, (1, H, W).
 
-    It holds where the flow there and back ends within a pixel of where it began: nothing was hidden.
+    It holds where the flow there and back ends within a pixel of where it began, so that nothing was hidden, and
+    stays inside the picture.
     """
     flows = []
     warp = Warp("bilinear", "border")
+    size = torch.tensor(frames[0].shape[1:]).reshape(2, 1, 1)
+    here = identity_grid(frames[0].shape[1:])
     for before, after in pairwise(frames):
         back, there = optical_flow(after, before), optical_flow(before, after)
         returned = back + warp(there[None], back[None])[0]
-        flows.append((back, returned.norm(dim=0, keepdim=True) < 1.0))
+        from_where = here + back
+        inside = ((from_where >= 0) & (from_where <= size - 1)).all(0, keepdim=True)
+        flows.append((back, inside & (returned.norm(dim=0, keepdim=True) < 1.0)))
     return flows
 
 

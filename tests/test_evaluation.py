@@ -12,7 +12,9 @@ from monai.data import DataLoader
 from monai.metrics import PSNRMetric
 from torch import Tensor, nn
 
-from monai_rl_reg.evaluation import StateMetric, StepwiseEvaluation
+from monai_rl_reg.evaluation import ClipEvaluation, StateMetric, StepwiseEvaluation
+from monai_rl_reg.inferer import FramewiseInferer
+from monai_rl_reg.pictures import GAP, read_picture
 from monai_rl_reg.tasks.task import Act, State, Task
 
 
@@ -158,3 +160,76 @@ def test_state_metric_looks_at_a_region_and_keeps_no_memory_of_earlier_states() 
 def test_state_metric_takes_a_function() -> None:
     state = {"a": torch.arange(12.0).reshape(2, 3, 1, 2)}
     assert StateMetric(lambda a: a, ("a",))(state).tolist() == [2.5, 8.5]
+
+
+def test_examples_show_what_stays_once_and_what_changes_for_every_model(tmp_path: Path) -> None:
+    models: Any = {"policy": (Approach(0.5), 2), "control": (Approach(0.75), 1)}
+    data = batches([0.8, 0.4, 0.2], [0.0, 0.8, 0.2])
+    options: Any = {"examples": 2, "shown": ["goal", "number"]}
+    StepwiseEvaluation(NumberTask(), data, models, figures(), str(tmp_path), **options).run()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "summary.json", "examples.png"}
+    picture = read_picture(tmp_path / "examples.png")
+    pitch = 2 + GAP
+    shown = [round(float(picture[0, 0, left]), 1) for left in range(0, 3 * pitch, pitch)]
+    assert shown == [0.0, 0.2, 0.2]  # goal, policy after two steps, control after one
+    second = 3 * pitch + 2 * GAP
+    shown = [round(float(picture[0, 0, left]), 1) for left in range(second, second + 3 * pitch, pitch)]
+    assert shown == [0.8, 0.7, 0.7]
+    assert picture.shape[2] < 3 * second, "no third"
+
+
+class GreyTask(NumberTask):
+    """A picture whose style is its brightness, and whose content its distance to where it began."""
+
+    def reset(self, image: Tensor, label: Tensor | None = None) -> State:
+        return {"number": image, "goal": image}
+
+    def style_loss(self, state: State) -> Tensor:
+        return state["stylised"].flatten(1).mean(1)
+
+    def content_loss(self, state: State) -> Tensor:
+        return (state["stylised"] - state["content"]).abs().flatten(1).mean(1)
+
+
+class Darken(nn.Module):
+    """A policy that takes a tenth off; if it flickers, off every other frame only."""
+
+    def __init__(self, flickers: bool) -> None:
+        super().__init__()
+        self.flickers, self.calls = flickers, 0
+
+    def forward(self, observation: Tensor) -> Tensor:
+        self.calls += 1
+        return (-0.1 if self.calls % 2 or not self.flickers else 0.0) * torch.ones_like(observation[:, :3])
+
+
+def test_clips_are_judged_frame_by_frame(tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    texture = 0.3 + 0.4 * torch.rand(3, 12, 16).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    clips = {"still": [{"image": texture}] * 6}
+    task: Any = GreyTask()
+
+    def inferer(steps: int) -> FramewiseInferer:
+        return FramewiseInferer(task, steps, carry=())
+
+    models: Any = {
+        "policy": (Darken(False), inferer),
+        "control": (Darken(True), inferer),
+        "left out": (None, inferer),
+    }
+    summary = ClipEvaluation(task, clips, models, [1], str(tmp_path), frames=4).run()
+    brightness = float(texture.mean())
+    assert set(summary) == {"clips", "policy", "control"}
+    expected = {
+        "policy": {"style": brightness - 0.1, "content": 0.1, "temporal": 0.0},
+        "control": {"style": brightness - 0.05, "content": 0.05, "temporal": 0.1},
+    }
+    for model, figures_of in expected.items():
+        for name, value in figures_of.items():
+            assert summary[model][1][name] == pytest.approx(value, abs=1e-3), (model, name)
+    rows = read(tmp_path)
+    assert [(row["clip"], row["model"], row["steps"]) for row in rows] == [
+        ("still", "policy", "1"),
+        ("still", "control", "1"),
+    ]
+    assert json.loads((tmp_path / "summary.json").read_text())["control"]["1"]["content"] == pytest.approx(0.05)

@@ -293,6 +293,31 @@ def test_ncc_term_follows_its_weight() -> None:
     assert set(none) == {"smoothness"}
 
 
+def test_sharp_dice_counts_a_half_covered_pixel_as_covered() -> None:
+    """A region of 4 x 4 moved by half a pixel covers 5 rows, two of them by half."""
+    label = torch.zeros(1, 1, 12, 12)
+    label[..., 4:8, 4:8] = 1
+    losses = []
+    for sharpness in (1.0, 2.0):
+        task = RegistrationTask(2, dice_weight=1.0, dice_sharpness=sharpness)
+        state = task.reset(random_pair((12, 12), batch=1), label.repeat(1, 2, 1, 1))
+        losses.append(float(task.loss(state, constant_action(0.5, (12, 12)), no_policy)["dice"]))
+    assert losses == pytest.approx([1 - 2 * 14 / 32, 1 - 2 * 16 / 36], abs=1e-4)
+
+
+def test_label_weights_weigh_the_regions() -> None:
+    """Two labels of which the second is matched: only the first one's weight counts."""
+    fixed = torch.zeros(1, 1, 12, 12)
+    fixed[..., 2:4, 2:4], fixed[..., 6:8, 6:8] = 1, 2
+    moving = fixed * (fixed == 2)
+    losses = {}
+    for weights in ((1.0, 1.0), (3.0, 1.0)):
+        task = RegistrationTask(2, dice_weight=1.0, label_weights=weights)
+        state = task.reset(random_pair((12, 12), batch=1), torch.cat([fixed, moving], 1))
+        losses[weights] = float(task.loss(state, constant_action(0.0, (12, 12)), no_policy)["dice"])
+    assert losses[3.0, 1.0] == pytest.approx(3 * losses[1.0, 1.0], rel=1e-4)
+
+
 def test_dice_term_of_fixed_images_without_labels_is_finite() -> None:
     size = (16, 14)
     label = random_labels(size)

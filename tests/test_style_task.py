@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from gradients import drop_entropy, make_blind, make_transition, parts_moved_by, plan_head_moved_by
+from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from monai_rl_reg.features import FeatureNetwork
@@ -183,6 +184,13 @@ def test_checkpoint_holds_the_style_but_not_the_feature_network(
     other.load_state_dict(task.state_dict())
     state = task.reset(torch.rand(1, 3, *SIZE))
     assert torch.equal(other.style_loss(state), task.style_loss(state))
+
+
+def test_checkpoint_of_a_style_with_meta_data_is_of_plain_tensors(features: FeatureNetwork, style: Tensor) -> None:
+    """MONAI's transforms give tensors that ``torch.load`` refuses to read again."""
+    state = StyleTask(features, MetaTensor(style)).state_dict()
+    assert {type(value) for value in state.values()} == {Tensor}
+    assert all(torch.equal(value, state[key]) for key, value in StyleTask(features, style).state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from monai.losses import DiceLoss, DiffusionLoss
 from monai.networks.blocks import Warp
@@ -37,6 +39,9 @@ class RegistrationTask(Task):
         ncc_weight: weight of the NCC term of the task loss; 0 leaves it out.
         smoothness_weight: weight of the diffusion regulariser on the composed field.
         dice_weight: weight of the soft Dice term of the task loss; 0 keeps labels out of it.
+        label_weights: weights of the label values in the soft Dice term, in ascending order; None weighs all alike.
+        dice_sharpness: in the soft Dice term a voxel counts as wholly inside a moved region from a cover of
+            1 / ``dice_sharpness`` on: 2 where the regions will be compared by a threshold.
         dice_reward: False rewards the gain in NCC even where labels are given.
         nested_labels: the region of a label value is what has this value or a higher one, as a tumour's core lies in
             the tumour, or the core of a stroke in its soft edge; False takes each value as a region of its own.
@@ -54,6 +59,8 @@ class RegistrationTask(Task):
         ncc_weight: float = 1.0,
         smoothness_weight: float = 2.0,
         dice_weight: float = 0.0,
+        label_weights: Sequence[float] | None = None,
+        dice_sharpness: float = 1.0,
         dice_reward: bool = True,
         nested_labels: bool = False,
         reward_scale: float = 10.0,
@@ -67,6 +74,7 @@ class RegistrationTask(Task):
         self.ncc_weight = ncc_weight
         self.smoothness_weight = smoothness_weight
         self.dice_weight = dice_weight
+        self.dice_sharpness = dice_sharpness
         self.dice_reward = dice_reward
         self.nested_labels = nested_labels
         self.reward_scale = reward_scale
@@ -76,7 +84,7 @@ class RegistrationTask(Task):
         self.warp_label = Warp("nearest", "border")
         self.ncc = BoxLocalNormalizedCrossCorrelationLoss(spatial_dims, ncc_window)
         self.smoothness = DiffusionLoss()
-        self.dice = DiceLoss()
+        self.dice = DiceLoss(weight=label_weights)
         self.replay_keys = ("fixed", "moving", "displacement", "moved")
         if dice_weight > 0:
             self.replay_keys += ("fixed_label", "moving_label")
@@ -183,5 +191,6 @@ class RegistrationTask(Task):
             return displacement.sum() * 0
         region = torch.ge if self.nested_labels else torch.eq
         moving, fixed = (region(state[f"{role}_label"], values).float() for role in ("moving", "fixed"))
-        dice: Tensor = self.dice(self.warp(moving, displacement), fixed)
+        moved = (self.dice_sharpness * self.warp(moving, displacement)).clamp(max=1.0)
+        dice: Tensor = self.dice(moved, fixed)
         return dice

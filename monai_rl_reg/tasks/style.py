@@ -7,6 +7,7 @@ References:
 from __future__ import annotations
 
 import torch
+from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,7 +61,7 @@ class StyleTask(Task):
         self.levels = 0
         if features is not None and style is not None:
             with torch.no_grad():
-                grams = [gram_matrix(x) for x in features(torch.as_tensor(style)[None])]
+                grams = [gram_matrix(x) for x in features(convert_to_tensor(style, track_meta=False)[None])]
             self.levels = len(grams)
             for level, gram in enumerate(grams):
                 self.register_buffer(f"gram_{level}", gram)
