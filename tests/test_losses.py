@@ -218,3 +218,21 @@ def test_terms_are_full_precision_and_finite_under_autocast() -> None:
         terms, _ = loss(batch)
     assert {name: term.dtype for name, term in terms.items()} == dict.fromkeys(terms, torch.float32)
     assert torch.stack(list(terms.values())).isfinite().all()
+
+
+def test_unrolled_task_loss_is_the_mean_over_the_steps_with_their_gradient() -> None:
+    loss = make_loss(reinforcement=False, unroll=3)
+    torch.nn.init.normal_(loss.policy.actor.head.conv.weight, std=0.1)
+    batch = make_transition(loss)
+    state, steps = batch.state, []
+    for _ in range(3):
+        action = loss.policy(loss.task.observe(state))
+        steps.append(loss.task.loss(state, action, loss.policy)["ncc"])
+        state = loss.task.advance(state, action)
+    expected = torch.stack(steps).mean()
+    found = loss(batch)[0]["ncc"]
+    torch.testing.assert_close(found, expected)
+    weight = loss.policy.actor.head.conv.weight
+    gradients = [torch.autograd.grad(value, weight)[0] for value in (found, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert len({round(float(step), 4) for step in steps}) == 3, "the steps differ"
