@@ -14,6 +14,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.inferer import FramewiseInferer
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.nifti import replacing
@@ -195,10 +196,16 @@ class ClipEvaluation:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Evaluate, write the two files and return the summary."""
+        """Evaluate, write the two files and return the summary.
+
+        Raises:
+            InputError: if a clip has a single frame.
+        """
         rows: list[dict[str, Any]] = []
         for clip, data in tqdm(self.clips.items(), desc="evaluating", unit="clip", dynamic_ncols=True):
             content = [data[i]["image"] for i in range(min(self.frames, len(data)))]
+            if len(content) < 2:
+                raise InputError(f"clip {clip}: expected at least two frames, found {len(content)}")
             flows = flows_between(content)
             for model, (network, make) in self.models.items():
                 network.eval()

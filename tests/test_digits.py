@@ -223,7 +223,9 @@ def test_evaluating_writes_both_models(trained: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     last = [float(row["dice_ink"]) for row in rows if (row["model"], row["steps"]) == ("policy", "3")]
     assert summary["policy"]["dice_ink"][3] == pytest.approx(sum(last) / 4, rel=1e-4)
-    assert summary["control"]["dice_half"] == pytest.approx(summary["policy"]["dice_half"][:2], rel=1e-4)
+    start, one_step = zip(summary["policy"]["dice_half"], summary["control"]["dice_half"], strict=False)
+    assert start[0] == start[1]
+    assert one_step[0] != one_step[1], "the same weights, but the control's one step may be ten times as large"
 
 
 CONTROL = [("control", "0"), ("control", "1")]

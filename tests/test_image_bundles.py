@@ -223,6 +223,8 @@ def test_evaluating_writes_policy_and_control(
 ) -> None:
     settings = SMALL | bundle.settings | {"feature_weights": feature_weights, "val_steps": 3}
     settings |= {"ckpt": trained / "model.pt", "control_ckpt": trained / "model.pt"}
+    if bundle.settings:  # the control is the same network here
+        settings |= {"action_bound": 0.1, "control_action_bound": 0.1}
     run(bundle, "evaluating", "train", "evaluate", dataset_dir=folders[bundle.wide], output_dir=tmp_path, **settings)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "summary.json", "examples.png"}
     with open(tmp_path / "metrics.csv") as file:
@@ -373,7 +375,7 @@ def test_photo_is_made_of_a_label_map_alone(models_of: Any, folders: Any, tmp_pa
         image=tmp_path / "label.png",
         output_dir=tmp_path / "alone",
         **settings,
-        label_side="",
+        label_side="none",
     )
     results = [read_picture(tmp_path / name / "photo.png") for name in ("both", "alone")]
     assert torch.equal(results[0], results[1])
@@ -428,6 +430,9 @@ def test_monai_verifies_the_metadata(bundle: Bundle, tmp_path: Path) -> None:
     for side, channels in zip(("inputs", "outputs"), bundle.channels, strict=True):
         (tensor,) = content["network_data_format"][side].values()
         assert tensor["num_channels"] == len(tensor["channel_def"]) == channels
+    network = parsed(bundle, "inference", "network_def")
+    bound = max(getattr(network, "policy", network).actor.action_bound, 1.0 if bundle is VIDEO else 0.0)  # memories
+    assert content["network_data_format"]["outputs"]["pred"]["value_range"] == [-bound, bound]
 
 
 @named(BUNDLES)

@@ -81,9 +81,10 @@ class VideoStyleTask(StyleTask):
         """Return the terms of image style transfer and the compound temporal loss."""
         after = self.advance(state, action)
         flow = self.random_flow(state["content"])
+        noise = self.noise * torch.randn_like(state["content"])  # one for both: a frame starts as its own content
         moved = state | {
-            "content": self._next_frame(state["content"], flow),
-            "stylised": self._next_frame(state["stylised"], flow),
+            "content": self.warp(state["content"], flow) + noise,
+            "stylised": self.warp(state["stylised"], flow) + noise,
             "step_memory": fold(self.warp(unfold(state["step_memory"]), F.avg_pool2d(flow, 4) / 4)),
             "frame_memory": after["frame_memory"],  # what the frame before has left
         }
@@ -95,7 +96,3 @@ class VideoStyleTask(StyleTask):
         """Return a random smooth flow (B, 2, H, W) in pixels for images of this shape."""
         coarse = self.flow * torch.randn(len(image), 2, 4, 4, device=image.device)
         return F.interpolate(coarse, size=image.shape[2:], mode="bicubic", align_corners=False)
-
-    def _next_frame(self, image: Tensor, flow: Tensor) -> Tensor:
-        warped: Tensor = self.warp(image, flow)
-        return warped + self.noise * torch.randn_like(image)
