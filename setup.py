@@ -9,7 +9,7 @@ docs = ["sphinx>=7", "myst-parser>=3", "furo", "matplotlib", "sphinx-mathjax-off
 setup(
     name="monai_rl_reg",
     version="0.1.0",
-    description="Stepwise image registration and image-to-image translation by reinforcement learning, as MONAI bundles",
+    description="Stepwise registration and image-to-image translation by reinforcement learning, as MONAI bundles",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -24,7 +24,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", "
 GAP = 2
 """Pixels of white between the pictures of a strip."""
 CAPTION = 18
-"""Pixels of height of a strip's captions."""
+"""Pixels of height of a strip's captions, at least; those of large pictures are a sixteenth of their height."""
 
 
 def import_extra(module: str) -> Any:
@@ -238,7 +238,8 @@ def strip(pictures: Sequence[Tensor], captions: Sequence[str] | None = None) -> 
     cells = [picture.detach().cpu().float().expand(3, -1, -1) for picture in pictures]
     if captions is not None:
         cells = [
-            torch.cat([_caption(text, cell.shape[-1]), cell], dim=1) for text, cell in zip(captions, cells, strict=True)
+            torch.cat([_caption(text, cell.shape[-1], max(CAPTION, cell.shape[1] // 16)), cell], dim=1)
+            for text, cell in zip(captions, cells, strict=True)
         ]
     gap = torch.ones(3, cells[0].shape[1], GAP)
     return torch.cat([part for cell in cells for part in (gap, cell)][1:], dim=2)
@@ -262,10 +263,11 @@ def to_bytes(picture: Tensor) -> np.ndarray:
     return picture.detach().float().mul(255).round().clamp(0, 255).byte().movedim(0, -1).contiguous().cpu().numpy()
 
 
-def _caption(text: str, width: int) -> Tensor:
-    """Draw a line of black text on white, (3, CAPTION, width); what is too long is cut off."""
-    image = import_extra("PIL.Image").new("L", (width, CAPTION), "white")
-    import_extra("PIL.ImageDraw").Draw(image).text((2, 2), text, fill="black")
+def _caption(text: str, width: int, height: int) -> Tensor:
+    """Draw a line of black text on white, (3, height, width); what is too long is cut off."""
+    image = import_extra("PIL.Image").new("L", (width, height), "white")
+    font = import_extra("PIL.ImageFont").load_default(0.6 * height)
+    import_extra("PIL.ImageDraw").Draw(image).text((2, 0.1 * height), text, fill="black", font=font)
     return torch.from_numpy(np.array(image, dtype=np.float32) / 255).expand(3, -1, -1)
 
 

@@ -140,8 +140,8 @@ class VideoFile:
             self.stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
         if pixels.shape[:2] != (self.stream.height, self.stream.width):
             raise InputError(
-                f"output {self.path}: expected frames of one size, {self.stream.width} x {self.stream.height}, found one "
-                f"of {pixels.shape[1]} x {pixels.shape[0]}"
+                f"output {self.path}: expected frames of one size, {self.stream.width} x {self.stream.height}, "
+                f"found one of {pixels.shape[1]} x {pixels.shape[0]}"
             )
         self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
 
