@@ -95,7 +95,8 @@ def train(parser: ConfigParser, minutes: float, width: int) -> UNet:
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, std=0.02)
-    task = TranslationTask(l1_weight=100.0, adversarial_weight=1.0, discriminator=parser.get_parsed_content("discriminator"))
+    discriminator = parser.get_parsed_content("discriminator")
+    task = TranslationTask(l1_weight=100.0, adversarial_weight=1.0, discriminator=discriminator)
     optimizers = [torch.optim.Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999)) for m in (unet, task)]
     end, updates = time.monotonic() + 60 * minutes, 0
     while time.monotonic() < end:
