@@ -83,11 +83,14 @@ class TrainingTime:
     Args:
         minutes: the time to train for, in minutes; None trains for all of ``max_epochs``.
         max_epochs: the trainer's.
+        every: end only after a number of epochs that this divides: the interval of validation, so that what training
+            ends with is validated.
     """
 
-    def __init__(self, minutes: float | None, max_epochs: int) -> None:
+    def __init__(self, minutes: float | None, max_epochs: int, *, every: int = 1) -> None:
         self.minutes = minutes
         self.max_epochs = max_epochs
+        self.every = every
         self.epoch = 0
         self.elapsed = 0.0  # in minutes, of all runs that this one resumes
         self._since = 0.0
@@ -122,7 +125,7 @@ class TrainingTime:
             torch.distributed.broadcast(elapsed, 0)  # all processes end with the same epoch
             self.elapsed = float(elapsed)
         self.epoch = engine.state.epoch
-        if self.minutes is not None and self.elapsed >= self.minutes:
+        if self.minutes is not None and self.elapsed >= self.minutes and self.epoch % self.every == 0:
             engine.state.max_epochs = engine.state.epoch
 
 

@@ -55,6 +55,12 @@ def test_training_ends_after_the_minutes_with_a_whole_epoch(clock: Clock) -> Non
     assert progress == pytest.approx([0.5 / 1.75, 1 / 1.75, 1.5 / 1.75, 1])
 
 
+def test_training_ends_with_an_epoch_that_is_validated(clock: Clock) -> None:
+    engine, progress = train(TrainingTime(1.75, 100, every=3), clock, epochs=100)  # over in the fourth
+    assert engine.state.epoch == 6
+    assert progress[3:] == [1, 1, 1]
+
+
 def test_training_that_takes_all_its_epochs_has_no_other_end(clock: Clock) -> None:
     for minutes in (None, 60.0):
         engine, progress = train(TrainingTime(minutes, 4), clock, epochs=4)
