@@ -383,7 +383,7 @@ def _face(random: Generator, size: int) -> Array:
     aside, tilt = u(-1, 1), u(0.1, 0.6)  # light from one side and above, strongest on the head
     right, below = (x - 0.5) / (across * 1.6), (y - middle) / (down * 1.6)
     near = np.exp(-(right**2) - below**2)
-    shade = 0.75 + near * (0.28 + 0.6 * aside * right - 0.5 * tilt * below)
+    shade = 0.75 + near * (0.28 + 0.4 * aside * right - 0.5 * tilt * below)
     tint = 1 + u(-0.06, 0.06, 3)
     return np.clip(picture * shade[..., None] * tint + random.normal(0, 0.008, picture.shape), 0, 1)
 
