@@ -298,7 +298,7 @@ class PictureWriter:
                 raise InputError(
                     f"output {self.output_dir}: expected a folder that can be written to, found: {error.strerror}"
                 ) from error
-            steps = strip([history[i][item] for i in shown], [f"{i} step{'s' * (i != 1)}" for i in shown])
+            steps = strip([history[i][item] for i in shown], [f"{i} {'step' if i == 1 else 'steps'}" for i in shown])
             write_picture(self.output_dir / f"steps{suffix}.png", steps)
             result = self.output_dir / f"{self.name}{suffix}.png"
             write_picture(result, history[-1][item])
