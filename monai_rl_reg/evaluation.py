@@ -95,6 +95,7 @@ class StepwiseEvaluation:
         """Evaluate, write the two files and return the summary."""
         rows: list[dict[str, Any]] = []
         gallery: list[list[Tensor]] = []
+        count = 0
         for network, _ in self.models.values():
             network.eval()
         for batch in tqdm(self.data, desc="evaluating", dynamic_ncols=True):
@@ -102,7 +103,8 @@ class StepwiseEvaluation:
                 None if batch.get(key) is None else convert_to_tensor(batch[key], track_meta=False).to(self.device)
                 for key in ("image", "label")
             )
-            names = batch.get("name", range(len(rows), len(rows) + len(image)))  # type: ignore[arg-type]
+            names = batch.get("name", range(count, count + len(image)))  # type: ignore[arg-type]
+            count += len(image)  # type: ignore[arg-type]
             ends: list[State] = []
             for model, (network, steps) in self.models.items():
                 state, seconds = self.task.reset(image, label), 0.0  # type: ignore[arg-type]

@@ -125,9 +125,7 @@ def _load(network: str, weights: str | None) -> Any:
     try:
         from torchvision.models import get_model
     except ImportError as error:
-        raise InputError(
-            'feature network: expected torchvision, found none (pip install "monai_rl_reg[images]")'
-        ) from error
+        raise InputError('feature network: expected torchvision, found none (pip install -e ".[images]")') from error
     with torch.random.fork_rng():
         torch.manual_seed(0)  # random weights, if it comes to that, are the same everywhere
         try:

@@ -37,7 +37,7 @@ def import_extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            f'module {module}: expected it to be installed (pip install "monai_rl_reg[images]"), found: {error}'
+            f'module {module}: expected it to be installed (pip install -e ".[images]"), found: {error}'
         ) from error
 
 

@@ -264,7 +264,7 @@ def test_without_the_packages_the_command_that_installs_them_is_named(
 ) -> None:
     for module in ("skimage", "sklearn"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=r'pip install "monai_rl_reg\[images\]"') as error:
+    with pytest.raises(InputError, match=r'pip install -e "\.\[images\]"') as error:
         make(tmp_path)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []

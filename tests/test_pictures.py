@@ -262,7 +262,7 @@ def test_a_picture_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytes
 def test_without_pillow_the_command_that_installs_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     for act in (lambda: read_picture(tmp_path / "a.png"), lambda: write_picture(tmp_path / "a.png", colours())):
-        with pytest.raises(InputError, match=r'pip install "monai_rl_reg\[images\]"') as error:
+        with pytest.raises(InputError, match=r'pip install -e "\.\[images\]"') as error:
             act()
         assert sentence(error).startswith("module PIL.Image: expected it to be installed")
 
