@@ -137,21 +137,54 @@ def latest_checkpoint(output_dir: str) -> str | None:
     return str(found[-1]) if found else None
 
 
-def load_policy(network: torch.nn.Module, path: str, *, map_location: str | torch.device = "cpu") -> torch.nn.Module:
+def load_policy(
+    network: torch.nn.Module,
+    path: str,
+    *,
+    anatomy: torch.nn.Module | None = None,
+    map_location: str | torch.device = "cpu",
+) -> torch.nn.Module:
     """Load the policy's weights from a checkpoint of a training or from a file of weights alone.
+
+    Args:
+        network: gets the weights.
+        path: of the checkpoint.
+        anatomy: gets the weights of the network that sees the labelled structures.
+        map_location: where the weights go.
 
     Raises:
         InputError: if the file is missing, is no checkpoint, or is one of another architecture.
     """
+    checkpoint = _load(path, map_location)
+    weights = checkpoint.get("network", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    _fill(network, weights, path)
+    if anatomy is not None:
+        _fill(anatomy, checkpoint.get("anatomy", {}), path)
+    return network
+
+
+def structures_in(path: str) -> int:
+    """Return how many labelled structures a checkpoint's policy was trained to see; 0 if it was trained without.
+
+    Raises:
+        InputError: if the file is missing or is no checkpoint.
+    """
+    checkpoint = _load(path, "cpu")
+    return int(checkpoint["anatomy"]["structures"]) if isinstance(checkpoint, dict) and "anatomy" in checkpoint else 0
+
+
+def _load(path: str, map_location: str | torch.device) -> Any:
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path}: expected a file, found none (train one, or name one with ckpt)")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise InputError(
             f"checkpoint {path}: expected a checkpoint of torch.save, found a file that cannot be loaded as one"
         ) from error
-    weights = checkpoint.get("network", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+
+
+def _fill(network: torch.nn.Module, weights: Any, path: str) -> None:
     expected = network.state_dict()
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"checkpoint {path}: expected the weights of a network, found {type(weights).__name__}")
@@ -166,7 +199,6 @@ def load_policy(network: torch.nn.Module, path: str, *, map_location: str | torc
             f"{shapes[0]} expected, {shapes[1]} found)"
         )
     network.load_state_dict(weights)
-    return network
 
 
 def load_control(

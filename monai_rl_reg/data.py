@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import CacheDataset
+from monai.data import CacheDataset, MetaTensor
 from torch.utils.data import Dataset
 
 from monai_rl_reg.errors import InputError
@@ -174,6 +174,8 @@ class PairDataset(Dataset[Any]):
         case_transform: applied once to each case, before it is cached.
         transform: applied to each pair: a dictionary with ``fixed``, ``moving`` and, where both cases have one,
             ``fixed_label`` and ``moving_label``.
+        augment: applied to each case, a dictionary with ``image`` and, where there is one, ``label``, every time it
+            becomes part of a pair. It changes the anatomy, not where the image lies: the affine stays.
         labels: label values to use; others become background. By default every value found.
         image_size: one size for all pairs, so that they can be batched: a size, or ``auto`` for the smallest multiple
             of 16 that holds every case. It goes to the transform as ``spatial_size``. None keeps each pair's own.
@@ -189,6 +191,7 @@ class PairDataset(Dataset[Any]):
         case_transform: Callable[[Any], Any],
         transform: Callable[[Any], Any],
         *,
+        augment: Callable[[Any], Any] | None = None,
         labels: Sequence[int] | None = None,
         image_size: str | Sequence[int] | None = None,
         progress: bool = True,
@@ -198,6 +201,7 @@ class PairDataset(Dataset[Any]):
         if "fixed" in cases[0]:
             cases, self.pairs = _cases_of(cases)
         self.transform = transform
+        self.augment = augment
         self.cases = CacheDataset(cases, case_transform, num_workers=1, progress=progress and len(cases) > 8)
         self.labelled = all("label" in case for case in cases)
         count = sum("label" in case for case in cases)
@@ -226,6 +230,8 @@ class PairDataset(Dataset[Any]):
             j += j >= i
         item = {} if self.image_size is None else {"spatial_size": self.image_size}
         for role, case in (("fixed", self.cases[i]), ("moving", self.cases[j])):
+            if self.augment is not None:
+                case = self._augmented(case)
             item[role] = case["image"]
             item[f"{role}_file"] = case["image_file"]
             if "label" in case:
@@ -233,6 +239,12 @@ class PairDataset(Dataset[Any]):
             if self.labelled:
                 item[f"{role}_label"] = self._indexed(case["label"])
         return self.transform(item)
+
+    def _augmented(self, case: dict[str, Any]) -> dict[str, Any]:
+        assert self.augment is not None
+        given = {key: case[key] for key in ("image", "label") if key in case}
+        made = self.augment(dict(given))
+        return case | {key: MetaTensor(made[key].as_tensor(), affine=given[key].affine) for key in given}
 
     @property
     def num_classes(self) -> int:

@@ -107,7 +107,7 @@ class Actor(nn.Module):
         plan_channels: channels of the plan.
         out_channels: channels of the action.
         action_bound: the action lies in ``[-action_bound, action_bound]``, here and nowhere else.
-        action_stride: the action is computed at 1 / ``action_stride`` of the resolution (1 or 2) and upsampled.
+        action_stride: the action has 1 / ``action_stride`` of the observation's resolution (1 or 2).
     """
 
     def __init__(
@@ -132,7 +132,10 @@ class Actor(nn.Module):
         self.head = Convolution(spatial_dims, channels[0], out_channels, kernel_size=3, conv_only=True)
 
     def forward(self, plan: Tensor, features: list[Tensor], size: list[int]) -> Tensor:
-        """Return the action (B, out_channels, *size) from the plan (B, P, *grid) and the planner's features."""
+        """Return the action from the plan (B, P, *grid) and the planner's features.
+
+        Its shape is (B, out_channels, *size), or that of the finest features at an ``action_stride`` of 2.
+        """
         x = features[-1]
         plan = F.interpolate(plan.to(x.dtype), size=x.shape[2:], mode=self.mode, align_corners=False)
         x = self.join(torch.cat([x, plan], dim=1))
@@ -143,10 +146,7 @@ class Actor(nn.Module):
         if self.upsample_first:
             x = F.interpolate(x, size=size, mode="nearest")
         # fp32 from here on: a displacement in half precision is off by up to half a voxel in a large volume.
-        action = self.action_bound * torch.tanh(self.head(self.full(x)).float())
-        if not self.upsample_first:
-            action = F.interpolate(action, size=size, mode=self.mode, align_corners=False)
-        return action
+        return self.action_bound * torch.tanh(self.head(self.full(x)).float())
 
 
 class PlannerActor(nn.Module):
@@ -162,8 +162,8 @@ class PlannerActor(nn.Module):
         channels: widths of the encoder's levels, finest first; every level halves the resolution.
         plan_channels: channels of the plan; the plan has ``plan_channels * prod(plan_grid)`` numbers.
         plan_grid: ``None`` for a vector plan, else the spatial size of a map-shaped one.
-        action_bound: largest absolute value of the action; for registration in voxels.
-        action_stride: 2 computes the action at half resolution and upsamples it linearly, 1 at full resolution.
+        action_bound: largest absolute value of the action; for registration in voxels of the action's grid.
+        action_stride: the action has 1 / ``action_stride`` of the observation's resolution, 1 or 2, rounded up.
 
     Raises:
         ValueError: if ``spatial_dims`` is not 2 or 3, ``action_stride`` not 1 or 2, ``plan_grid`` has another number
@@ -180,7 +180,7 @@ class PlannerActor(nn.Module):
         plan_channels: int = 64,
         plan_grid: Sequence[int] | None = None,
         action_bound: float = 1.0,
-        action_stride: int = 2,
+        action_stride: int = 1,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -193,22 +193,23 @@ class PlannerActor(nn.Module):
         if len(grid) != spatial_dims:
             raise ValueError(f"plan_grid must have {spatial_dims} entries, got {grid}")
         self.stride = 2 ** len(channels)
+        self.action_stride = action_stride
         self.plan_shape = (plan_channels, *grid)
         self.planner = Planner(spatial_dims, in_channels, channels, plan_channels, grid)
         self.actor = Actor(spatial_dims, channels, plan_channels, out_channels, action_bound, action_stride)
         _initialise(self, heads=[self.planner.head[-1], self.actor.head])
 
     def forward(self, observation: Tensor) -> Tensor:
-        """One deterministic step: observation (B, in_channels, *spatial) to action (B, out_channels, *spatial)."""
+        """One deterministic step: observation (B, in_channels, *spatial) to action (B, out_channels, *strided)."""
         return self.decide(observation)[1]
 
     def decide(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mode of the plan, (B, P, *grid), and the action (B, out_channels, *spatial) that follows."""
+        """Return the mode of the plan, (B, P, *grid), and the action (B, out_channels, *strided) that follows."""
         padded = self._pad(observation)
         mean, _, features = self.planner(padded)
         plan = torch.tanh(mean)
         action = self.actor(plan, features, list(padded.shape[2:]))
-        return plan, self._crop(action, list(observation.shape[2:]))
+        return plan, self._crop(action, observation)
 
     @torch.jit.unused
     def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,11 +219,11 @@ class PlannerActor(nn.Module):
             observation: (B, in_channels, *spatial).
 
         Returns:
-            plan (B, P, *grid) in (-1, 1), its log-probability (B,), action (B, out_channels, *spatial).
+            plan (B, P, *grid) in (-1, 1), its log-probability (B,), action (B, out_channels, *strided).
         """
         padded = self._pad(observation)
         plan, log_prob, features = self._draw(padded)
-        action = self._crop(self.actor(plan, features, list(padded.shape[2:])), list(observation.shape[2:]))
+        action = self._crop(self.actor(plan, features, list(padded.shape[2:])), observation)
         return plan, log_prob, action
 
     @torch.jit.unused
@@ -233,10 +234,10 @@ class PlannerActor(nn.Module):
 
     @torch.jit.unused
     def act(self, observation: Tensor, plan: Tensor) -> Tensor:
-        """Carry out a given plan (B, P, *grid): the action (B, out_channels, *spatial)."""
+        """Carry out a given plan (B, P, *grid): the action (B, out_channels, *strided)."""
         padded = self._pad(observation)
         features = self.planner(padded)[2]
-        return self._crop(self.actor(plan, features, list(padded.shape[2:])), list(observation.shape[2:]))
+        return self._crop(self.actor(plan, features, list(padded.shape[2:])), observation)
 
     @torch.jit.unused
     def _draw(self, padded: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -254,10 +255,10 @@ class PlannerActor(nn.Module):
             pads += [0, (self.stride - size % self.stride) % self.stride]
         return F.pad(x, pads, mode="replicate") if max(pads) > 0 else x
 
-    def _crop(self, x: Tensor, size: list[int]) -> Tensor:
-        for i, n in enumerate(size):
-            x = x.narrow(i + 2, 0, n)
-        return x
+    def _crop(self, action: Tensor, observation: Tensor) -> Tensor:
+        for i, n in enumerate(observation.shape[2:]):
+            action = action.narrow(i + 2, 0, (n + self.action_stride - 1) // self.action_stride)
+        return action
 
 
 class Critic(nn.Module):

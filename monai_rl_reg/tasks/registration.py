@@ -14,18 +14,23 @@ from monai.networks.blocks import Warp
 from torch import Tensor
 from torch.nn import functional as F
 
+from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import compose, jacobian_determinant
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import local_ncc, mean_label_dice
 from monai_rl_reg.tasks.task import Act, State, Task
 
+FOLD_MARGIN = 0.1
+"""Jacobian determinants under this one are what ``fold_weight`` pushes up."""
+
 
 class RegistrationTask(Task):
     """State: fixed image, moving image as given, moving image as moved so far, displacement so far.
 
-    The moved image is always one resampling of the original moving image by the composed displacement. The reward of
-    a step is the gain in::
+    The moved image is always one resampling of the original moving image by the composed displacement. The
+    displacement lives on a grid of 1 / ``field_stride`` of the images' resolution and is upsampled to move them, so
+    that composing and judging fields costs little. The reward of a step is the gain in::
 
         score = reward_scale * (similarity - fold_penalty * share of folded voxels)
 
@@ -34,10 +39,15 @@ class RegistrationTask(Task):
 
     Args:
         spatial_dims: 2 or 3.
+        field_stride: voxels of the images to one of the displacement's grid, in every direction; the policy's
+            ``action_stride``.
+        anatomy: sees the labelled structures in one image; what it sees in both is observed beside the images, and
+            its own loss is part of the task's. None observes the images alone.
         ncc_window: window of the local NCC in voxels, odd.
         ncc_scales: levels of the NCC pyramid of the task loss; every level halves the images.
         ncc_weight: weight of the NCC term of the task loss; 0 leaves it out.
-        smoothness_weight: weight of the diffusion regulariser on the composed field.
+        smoothness_weight: weight of the diffusion regulariser on the composed field, in voxels of its grid.
+        fold_weight: weight of the hinge on Jacobian determinants under a small margin, mean over the voxels.
         dice_weight: weight of the soft Dice term of the task loss; 0 keeps labels out of it.
         label_weights: weights of the label values in the soft Dice term, in ascending order; None weighs all alike.
         dice_sharpness: in the soft Dice term a voxel counts as wholly inside a moved region from a cover of
@@ -54,10 +64,13 @@ class RegistrationTask(Task):
         self,
         spatial_dims: int = 3,
         *,
+        field_stride: int = 1,
+        anatomy: Anatomy | None = None,
         ncc_window: int = 9,
         ncc_scales: int = 1,
         ncc_weight: float = 1.0,
         smoothness_weight: float = 2.0,
+        fold_weight: float = 0.0,
         dice_weight: float = 0.0,
         label_weights: Sequence[float] | None = None,
         dice_sharpness: float = 1.0,
@@ -69,10 +82,13 @@ class RegistrationTask(Task):
     ) -> None:
         super().__init__()
         self.spatial_dims = spatial_dims
+        self.field_stride = field_stride
+        self.anatomy = anatomy
         self.ncc_window = ncc_window
         self.ncc_scales = ncc_scales
         self.ncc_weight = ncc_weight
         self.smoothness_weight = smoothness_weight
+        self.fold_weight = fold_weight
         self.dice_weight = dice_weight
         self.dice_sharpness = dice_sharpness
         self.dice_reward = dice_reward
@@ -84,9 +100,12 @@ class RegistrationTask(Task):
         self.warp_label = Warp("nearest", "border")
         self.ncc = BoxLocalNormalizedCrossCorrelationLoss(spatial_dims, ncc_window)
         self.smoothness = DiffusionLoss()
-        self.dice = DiceLoss(weight=label_weights)
+        # squared: regions of partly covered voxels then agree best with themselves
+        self.dice = DiceLoss(weight=label_weights, squared_pred=field_stride > 1)
         self.replay_keys = ("fixed", "moving", "displacement", "moved")
-        if dice_weight > 0:
+        if anatomy is not None:
+            self.replay_keys += ("fixed_anatomy", "moving_anatomy")
+        if dice_weight > 0 or anatomy is not None:
             self.replay_keys += ("fixed_label", "moving_label")
 
     def reset(self, image: Tensor, label: Tensor | None = None) -> State:
@@ -107,25 +126,34 @@ class RegistrationTask(Task):
         if label is not None and label.shape != image.shape:
             raise ValueError(f"expected labels of the images' shape {tuple(image.shape)}, got {tuple(label.shape)}")
         fixed, moving = image[:, :1].float(), image[:, 1:].float()
+        grid = [-(-n // self.field_stride) for n in image.shape[2:]]
         state = {
             "fixed": fixed,
             "moving": moving,
             "moved": moving,
-            "displacement": torch.zeros_like(fixed).repeat(1, self.spatial_dims, *[1] * self.spatial_dims),
+            "displacement": fixed.new_zeros(len(image), self.spatial_dims, *grid),
         }
+        if self.anatomy is not None:
+            for role in ("fixed", "moving"):
+                state[f"{role}_anatomy"] = self._reduce(self.anatomy.see(state[role]))
         if label is not None:
             label = label.round().to(torch.int32)
             state["fixed_label"], state["moving_label"] = label[:, :1], label[:, 1:]
         return state
 
     def observe(self, state: State) -> Tensor:
-        """Return (fixed, moved so far), (B, 2, *spatial)."""
-        return torch.cat([state["fixed"], state["moved"]], dim=1)
+        """Return (fixed, moved so far), (B, 2, *spatial), and what is seen of the anatomy in each, K channels each."""
+        seen = [state["fixed"], state["moved"]]
+        if self.anatomy is not None:
+            for x in (state["fixed_anatomy"], self.warp(state["moving_anatomy"], state["displacement"])):
+                seen.append(self._crop(self._repeat(x), state["fixed"]))
+        return torch.cat(seen, dim=1)
 
     def advance(self, state: State, action: Tensor) -> State:
-        """Compose the step field ``action``, (B, d, *spatial) in voxels, and move the original image once."""
+        """Compose the step field ``action``, (B, d, *grid) in voxels of its grid, and move the original image once."""
         displacement = compose(state["displacement"], action, self.warp)
-        after = state | {"displacement": displacement, "moved": self.warp(state["moving"], displacement)}
+        after = state | {"displacement": displacement}
+        after["moved"] = self.warp(state["moving"], self.output(after))
         after.pop("score", None)  # was that of the state before
         return after
 
@@ -150,26 +178,55 @@ class RegistrationTask(Task):
         displacement = compose(state["displacement"], action, self.warp)
         terms = {"smoothness": self.smoothness_weight * self.smoothness(displacement)}
         if self.ncc_weight > 0:
-            moved = self.warp(state["moving"], displacement)
+            moved = self.warp(state["moving"], self._full(displacement, state["moving"]))
             terms["ncc"] = self.ncc_weight * self._multi_scale_ncc(moved, state["fixed"])
+        if self.fold_weight > 0:
+            terms["folds"] = self.fold_weight * F.relu(FOLD_MARGIN - jacobian_determinant(displacement)).mean()
         if self.dice_weight > 0:
             self._require_labels(state)
             terms["dice"] = self.dice_weight * self._soft_dice(state, displacement)
+        if self.anatomy is not None:
+            self._require_labels(state)
+            terms["anatomy"] = self.anatomy.loss(state["fixed"], state["fixed_label"])
         return terms
 
     def output(self, state: State) -> Tensor:
-        """Return the displacement field, (B, d, *spatial) in voxels."""
-        return state["displacement"]
+        """Return the displacement field, (B, d, *spatial) in voxels of the images."""
+        return self._full(state["displacement"], state["fixed"])
 
     def _require_labels(self, state: State) -> None:
-        if self.dice_weight > 0 and "fixed_label" not in state:
-            raise InputError(f"dice_weight {self.dice_weight:g}: expected labels in training, found pairs without")
+        if (self.dice_weight > 0 or self.anatomy is not None) and "fixed_label" not in state:
+            asked = f"dice_weight {self.dice_weight:g}" if self.dice_weight > 0 else "anatomy"
+            raise InputError(f"{asked}: expected labels in training, found pairs without")
+
+    def _full(self, displacement: Tensor, image: Tensor) -> Tensor:
+        if self.field_stride == 1:
+            return displacement
+        mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
+        full = F.interpolate(displacement, scale_factor=self.field_stride, mode=mode, align_corners=False)
+        return self.field_stride * self._crop(full, image)
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        return x if self.field_stride == 1 else F.interpolate(x, scale_factor=self.field_stride, mode="nearest")
+
+    def _crop(self, x: Tensor, image: Tensor) -> Tensor:
+        for dim, n in enumerate(image.shape[2:], start=2):
+            x = x.narrow(dim, 0, n)
+        return x
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        """The mean of every block of ``field_stride`` voxels: what lies there of an image or of regions."""
+        if self.field_stride == 1:
+            return x
+        pads = [p for n in x.shape[:1:-1] for p in (0, -n % self.field_stride)]
+        pool = F.avg_pool3d if self.spatial_dims == 3 else F.avg_pool2d
+        return pool(F.pad(x, pads, mode="replicate"), self.field_stride)
 
     def _score(self, state: State) -> tuple[Tensor, Tensor]:
         folded = (jacobian_determinant(state["displacement"]) <= 0).flatten(1).float().mean(1)
         dice = torch.full_like(folded, torch.nan)
         if self.dice_reward and "fixed_label" in state:
-            moved = self.warp_label(state["moving_label"].float(), state["displacement"])
+            moved = self.warp_label(state["moving_label"].float(), self.output(state))
             dice = mean_label_dice(moved.round(), state["fixed_label"], nested=self.nested_labels)
         similarity = dice
         if dice.isnan().any():  # no labels, or none in this fixed image
@@ -190,7 +247,9 @@ class RegistrationTask(Task):
         if values.numel() == 0:  # nothing labelled in these fixed images
             return displacement.sum() * 0
         region = torch.ge if self.nested_labels else torch.eq
-        moving, fixed = (region(state[f"{role}_label"], values).float() for role in ("moving", "fixed"))
+        moving, fixed = (
+            self._reduce(region(state[f"{role}_label"], values).float()) for role in ("moving", "fixed")
+        )
         moved = (self.dice_sharpness * self.warp(moving, displacement)).clamp(max=1.0)
         dice: Tensor = self.dice(moved, fixed)
         return dice
