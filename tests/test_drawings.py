@@ -15,13 +15,13 @@ from torch import Tensor
 
 from monai_rl_reg import drawings
 from monai_rl_reg.drawings import (
-    LABELS,
     draw_clip,
     draw_facades,
     draw_faces,
     packaged_pictures,
     packaged_style,
 )
+from monai_rl_reg.drawings.facade import LABELS
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.pictures import SplitSideBySided, list_pictures, read_picture
 
@@ -85,14 +85,14 @@ def test_a_set_that_is_there_is_not_drawn_again(draw: Draw, tmp_path: Path, monk
     def unexpected(random: Generator, size: int) -> np.ndarray:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(drawings, "_face", unexpected)
-    monkeypatch.setattr(drawings, "_facade", unexpected)
+    monkeypatch.setattr(drawings, "face", unexpected)
+    monkeypatch.setattr(drawings, "facade", unexpected)
     assert draw(str(tmp_path), count=2, size=16) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
 @pytest.mark.parametrize("error", [ValueError("no pencil"), KeyboardInterrupt(), OSError(28, "No space left")])
-@pytest.mark.parametrize(("draw", "name"), [(draw_faces, "_face"), (draw_facades, "_facade")])
+@pytest.mark.parametrize(("draw", "name"), [(draw_faces, "face"), (draw_facades, "facade")])
 def test_an_interrupted_drawing_leaves_nothing(
     draw: Draw, name: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,15 +116,15 @@ def test_an_interrupted_drawing_leaves_nothing(
 
 
 def test_the_set_of_a_faster_process_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = drawings._face
+    original = drawings.face
 
     def slow(random: Generator, size: int) -> np.ndarray:
         with monkeypatch.context() as context:  # meanwhile
-            context.setattr(drawings, "_face", original)
+            context.setattr(drawings, "face", original)
             draw_faces(tmp_path, count=1, size=16)
         return np.zeros((size, size, 3))
 
-    monkeypatch.setattr(drawings, "_face", slow)
+    monkeypatch.setattr(drawings, "face", slow)
     folder = draw_faces(tmp_path, count=1, size=16)
     assert list(tmp_path.iterdir()) == [folder]
     assert pictures_of(folder).max() > 0
@@ -219,7 +219,7 @@ def test_the_style_is_one_colourful_picture(tmp_path: Path, monkeypatch: pytest.
     sky, land = picture[:, :20].mean((1, 2)), picture[:, -6:].mean((1, 2))
     assert sky[2] > sky[0], "the sky is blue"
     assert land.mean() < sky.mean(), "over dark hills"
-    monkeypatch.setattr(drawings, "_painting", None)
+    monkeypatch.setattr(drawings, "painting", None)
     assert packaged_style(tmp_path, size=32) == path
 
 
