@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 images = ["torchvision", "pillow", "scikit-image", "scikit-learn", "lpips", "opencv-python-headless", "av"]
 test = [*images, "pytest>=8", "jsonschema", "mlflow>=2.15", "ruff>=0.8", "mypy>=1.10"]
-docs = ["sphinx>=7", "myst-parser>=3", "furo", "matplotlib", "sphinx-mathjax-offline"]
+docs = ["sphinx>=7", "myst-parser>=3", "furo", "sphinx-mathjax-offline"]
 
 setup(
     name="monai_rl_reg",
@@ -14,6 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["monai_rl_reg", "monai_rl_reg.*"]),
+    package_data={"monai_rl_reg": ["report.html"]},
     python_requires=">=3.10",
     install_requires=[
         "monai>=1.5",
@@ -23,6 +24,7 @@ setup(
         "itk",
         "numpy",
         "fire",
+        "matplotlib",
         "psutil",
         "pytorch-ignite",
         "tensorboard",
