@@ -106,7 +106,7 @@ class SoftActorCriticLoss(nn.Module):
         J_Q     = E[ (Q_i(s,p) - r - gamma (1-d) (min_j Qbar_j(s',p') - alpha log pi(p'|s') / n))^2 ]
         J_pi    = E[ alpha log pi(p|s) / n - min_i Q_i(s,p) ]
         J_alpha = E[ -log alpha (log pi(p|s) / n + H_target) ]
-        J_task  = the task's own loss on the action, averaged over ``unroll`` steps
+        J_task  = the task's own loss on the action, averaged over ``unroll`` steps; and of what the task itself learns
 
     J_Q moves the critics, J_pi the planner, J_alpha the temperature, J_task planner and actor.
 
@@ -199,13 +199,14 @@ class SoftActorCriticLoss(nn.Module):
         return terms | self._task_loss(batch.state, action), figures
 
     def _task_loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
+        own = self.task.own_loss(state)
         terms = self.task.loss(state, action, self.policy)
         for _ in range(self.unroll - 1):
             state = self.task.advance(state, action)
             action = self.policy(self.task.observe(state))
             for name, value in self.task.loss(state, action, self.policy).items():
                 terms[name] = terms[name] + value
-        return {name: value / self.unroll for name, value in terms.items()}
+        return {name: value / self.unroll for name, value in terms.items()} | own
 
     @torch.no_grad()
     def update_targets(self) -> None:

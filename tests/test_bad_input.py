@@ -34,7 +34,7 @@ def files(tmp_path: Path) -> Files:
             files[name] = folder / f"{name}.nii.gz"
             nib.save(nib.Nifti1Image(data[0].numpy(), affine.numpy()), files[name])
     files["ckpt"] = folder / "model.pt"
-    network = PlannerActor(3, 2, 3, channels=(16, 32, 64, 64), plan_channels=64, action_bound=5.0)
+    network = PlannerActor(3, 2, 3, channels=(16, 32, 64, 64), plan_channels=64, action_bound=2.5, action_stride=2)
     torch.save(network.state_dict(), files["ckpt"])
     return files
 
@@ -163,7 +163,7 @@ def test_no_overlap_in_space(files: Files, tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_another_architecture(files: Files, tmp_path: Path) -> None:
-    torch.save(PlannerActor(3, 2, 3, channels=(4, 8)).state_dict(), files["ckpt"])
+    torch.save(PlannerActor(3, 2, 3, channels=(4, 8), action_stride=2).state_dict(), files["ckpt"])
     sentence = failure("run", "inference", output_dir=tmp_path / "out", **files)
     assert "found another architecture" in sentence
     assert str(files["ckpt"]) in sentence

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, ROOT, SMALL, bundle_command, run_bundle
-from monai.bundle import ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.data import MetaTensor
 
-from monai_rl_reg.checkpoints import latest_checkpoint
+from monai_rl_reg.checkpoints import latest_checkpoint, structures_in
 
 COLUMNS = ["fixed", "moving", "dice_before", "dice", "folded_percent", "sdlogj", "hd95_mm", "seconds"]
 
@@ -68,6 +69,70 @@ def test_training_without_labels(cohort: Path, tmp_path: Path) -> None:
     result = run_bundle("training", "train", pairs=pairs, output_dir=tmp_path / "run", **SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "run" / "model.pt").is_file()
+
+
+@pytest.fixture(scope="module")
+def trained_with_labels(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a short training with the overlay for labels."""
+    output = tmp_path_factory.mktemp("run_with_labels") / "output"
+    result = run_bundle("training", "train", "with_labels", dataset_dir=cohort, output_dir=output, **SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return output
+
+
+def test_training_with_labels_leaves_what_has_learnt_to_see_them(trained: Path, trained_with_labels: Path) -> None:
+    for name in ("model.pt", "checkpoint_final.pt"):
+        assert structures_in(str(trained_with_labels / name)) == 4
+        assert structures_in(str(trained / name)) == 0
+
+
+def test_training_with_labels_resumes(trained_with_labels: Path, cohort: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(trained_with_labels, tmp_path / "run")
+    settings = SMALL | {"max_epochs": 2, "dataset_dir": cohort, "output_dir": output, "resume": True}
+    result = run_bundle("training", "train", "with_labels", **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (
+        torch.load(folder / "checkpoint_final.pt", weights_only=True) for folder in (trained_with_labels, output)
+    )
+    assert second["trainer"]["iteration"] == 2 * first["trainer"]["iteration"]
+    moved = [key for key, value in first["anatomy"].items() if not torch.equal(value, second["anatomy"][key])]
+    assert moved
+    assert second["optimizer"]["param_groups"][-1]["params"]
+
+
+def test_evaluating_a_model_that_sees_structures(cohort: Path, trained_with_labels: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.csv", cohort, ("phantom_000", "phantom_001"))
+    settings = {"pairs": pairs, "ckpt": trained_with_labels / "model.pt", "output_dir": tmp_path / "out"}
+    result = run_bundle("evaluating", "train", "evaluate", val_steps=2, **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 0 < summary["dice_before"] < 1
+    assert 0 < summary["dice"] < 1
+
+
+@pytest.mark.parametrize("model", ["trained", "trained_with_labels"])
+def test_inference_follows_its_model(model: str, cohort: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    fixed, moving = (cohort / "imagesTr" / f"phantom_00{i}.nii.gz" for i in range(2))
+    ckpt, output = request.getfixturevalue(model) / "model.pt", tmp_path / "out"
+    result = run_bundle("run", "inference", fixed=fixed, moving=moving, ckpt=ckpt, output_dir=output, steps=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (output / "displacement.nii.gz").is_file()
+    assert (output / "moved.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("size", [(24, 22), (24, 22, 20)])
+def test_augmentation_with_labels_bends_images_of_either_dimension(size: tuple[int, ...]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "with_labels.json")))
+    parser["spatial_dims"] = len(size)
+    augment = parser.get_parsed_content("augment")
+    augment.set_random_state(seed=0)
+    image = MetaTensor(torch.rand(1, *size))
+    label = (image.as_tensor() > 0.5).float()
+    made = augment({"image": image, "label": MetaTensor(label)})
+    assert made["image"].shape == made["label"].shape == (1, *size)
+    assert set(made["label"].as_tensor().unique().tolist()) == {0, 1}
+    assert not torch.equal(made["label"].as_tensor(), label)
+    assert set(augment({"image": image})) == {"image"}
 
 
 def test_training_in_2d(tmp_path: Path) -> None:
@@ -243,4 +308,4 @@ def test_monai_exports_the_network(trained: Path, tmp_path: Path) -> None:
         key_in_ckpt="network",
     )
     network = torch.jit.load(exported)
-    assert network(torch.rand(1, 2, 20, 17, 24)).shape == (1, 3, 20, 17, 24)
+    assert network(torch.rand(1, 2, 20, 17, 24)).shape == (1, 3, 10, 9, 12)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose
+from monai.transforms import Compose, RandAffined
 
 from monai_rl_reg.data import PairDataset, evaluation_pairs, one_pair, read_cases, read_pairs, split_data
 from monai_rl_reg.errors import InputError
@@ -122,3 +123,70 @@ def test_labels_of_some_cases_only_are_not_used(cohort: Path, caplog: pytest.Log
         pairs = dataset(cases)
     assert "2 of 3 cases" in caplog.text
     assert "label" not in pairs[0]
+
+
+class Recorded:
+    """An augmentation that brightens by what it has counted, and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, Any]] = []
+
+    def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
+        self.given.append(dict(case))
+        return case | {"image": case["image"] + 1000 * len(self.given)}
+
+
+def test_augmentation_is_made_anew_for_each_case_of_each_pair(cohort: Path) -> None:
+    cases, augment = read_cases(cohort)[:2], Recorded()
+    plain, augmented = dataset(cases)[0], dataset(cases, augment=augment)
+    drawn = [augmented[0] for _ in range(2)]
+    assert len(augment.given) == 4
+    for item, (fixed, moving) in zip(drawn, ((1, 2), (3, 4)), strict=True):
+        added = (item["image"] - plain["image"]).as_tensor()
+        torch.testing.assert_close(added[0], torch.full_like(added[0], 1000 * fixed), rtol=0, atol=0.1)
+        torch.testing.assert_close(added[1], torch.full_like(added[1], 1000 * moving), rtol=0, atol=0.1)
+    assert torch.equal(augment.given[2]["image"], augment.given[0]["image"]), "the loaded case stays as it was"
+
+
+def test_augmentation_is_given_the_image_and_its_label_if_it_has_one(cohort: Path) -> None:
+    labelled = read_cases(cohort)[:2]
+    for cases, keys in ((labelled, {"image", "label"}), ([{"image": case["image"]} for case in labelled], {"image"})):
+        augment = Recorded()
+        item = dataset(cases, augment=augment)[0]
+        assert all(set(given) == keys for given in augment.given)
+        assert ("label" in item) == ("label" in keys)
+
+
+def affine_augmentation() -> RandAffined:
+    """Rotations and shears of image and label alike; it writes what it did into their affines."""
+    augment = RandAffined(
+        ["image", "label"],
+        prob=1.0,
+        rotate_range=[0.5] * 3,
+        shear_range=[0.2] * 6,
+        mode="nearest",
+        padding_mode="border",
+    )
+    augment.set_random_state(seed=0)
+    return augment
+
+
+def test_augmented_images_lie_where_the_originals_do(cohort: Path) -> None:
+    cases = read_cases(cohort)[1:3]  # the second one is oblique
+    plain, augmented = dataset(cases), dataset(cases, augment=affine_augmentation())
+    for i in range(2):
+        assert torch.equal(augmented[i]["image"].affine, plain[i]["image"].affine)
+        assert augmented[i]["image"].shape == plain[i]["image"].shape
+        assert not torch.allclose(augmented[i]["image"].as_tensor()[0], plain[i]["image"].as_tensor()[0])
+
+
+def test_augmented_label_follows_its_image(cohort: Path, tmp_path: Path) -> None:
+    cases = []
+    for i, case in enumerate(read_cases(cohort)[:2]):  # the label as the image, too
+        image = nib.load(case["label"])
+        path = tmp_path / f"{i}.nii.gz"
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj).astype(np.float32), image.affine), path)
+        cases.append({"image": str(path), "label": case["label"]})
+    item, plain = dataset(cases, augment=affine_augmentation())[0], dataset(cases)[0]
+    assert (item["label"] != plain["label"]).float().mean() > 0.05
+    torch.testing.assert_close(item["image"][:1].as_tensor(), item["label"][:1].as_tensor().float(), rtol=0, atol=1e-3)

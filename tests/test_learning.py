@@ -48,8 +48,8 @@ def register(policy: PlannerActor, task: RegistrationTask, image: Tensor) -> tup
 @pytest.mark.slow
 @pytest.mark.parametrize("reinforcement", [True, False])
 def test_registration_of_held_out_pairs_is_learnt(reinforcement: bool) -> None:
-    task = RegistrationTask(2)
-    policy = PlannerActor(2, 2, 2, channels=(16, 32, 32), plan_channels=16, action_bound=3.0)
+    task = RegistrationTask(2, field_stride=2)
+    policy = PlannerActor(2, 2, 2, channels=(16, 32, 32), plan_channels=16, action_bound=1.5, action_stride=2)
     critic = TwinCritic(2, 2, 16, channels=(8, 16, 32))
     loss = SoftActorCriticLoss(
         policy, critic, task, reinforcement=reinforcement, planner_weight=0.02, planner_warm_up=20

@@ -236,3 +236,9 @@ def test_unrolled_task_loss_is_the_mean_over_the_steps_with_their_gradient() -> 
     gradients = [torch.autograd.grad(value, weight)[0] for value in (found, expected)]
     torch.testing.assert_close(gradients[0], gradients[1])
     assert len({round(float(step), 4) for step in steps}) == 3, "the steps differ"
+
+
+def test_what_the_task_itself_learns_counts_once_however_far_the_loss_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = make_loss(reinforcement=False, unroll=3)
+    monkeypatch.setattr(loss.task, "own_loss", lambda state: {"own": torch.tensor(3.0)})
+    assert loss(make_transition(loss))[0]["own"] == 3.0

@@ -12,6 +12,8 @@ from monai.networks.utils import one_hot
 from torch import Tensor
 from torch.nn import functional as F
 
+from monai_rl_reg.anatomy import Anatomy
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import compose, identity_grid, jacobian_determinant
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
@@ -21,6 +23,7 @@ from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import State
 
 SIZES = [(16, 14), (12, 10, 11)]
+ODD_SIZES = [(15, 13), (16, 14), (13, 10, 11)]
 
 
 def no_policy(observation: Tensor) -> Tensor:
@@ -410,3 +413,152 @@ def test_displacement_of_a_new_episode_is_zero() -> None:
     output = task.output(task.reset(random_pair((8, 9, 10))))
     assert output.shape == (2, 3, 8, 9, 10)
     assert not output.any()
+
+
+def half(size: Sequence[int]) -> list[int]:
+    return [(n + 1) // 2 for n in size]
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_one_voxel_of_a_half_grid_is_two_of_the_image(size: tuple[int, ...]) -> None:
+    centre = [n // 2 for n in size]
+    fixed, moving = blob(centre, size), blob([centre[0] + 2, *centre[1:]], size)
+    task = RegistrationTask(len(size), field_stride=2)
+    state = task.advance(task.reset(torch.cat([fixed, moving], dim=1)), constant_action(1, half(size)))
+    torch.testing.assert_close(task.output(state), constant_action(2, size))
+    # the last two rows look beyond the edge
+    torch.testing.assert_close(state["moved"][:, :, :-2], fixed[:, :, :-2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("field_stride", [1, 2])
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_output_has_the_size_of_the_image(size: tuple[int, ...], field_stride: int) -> None:
+    task = RegistrationTask(len(size), field_stride=field_stride)
+    policy = PlannerActor(len(size), 2, len(size), channels=(8, 8), plan_channels=3, action_stride=field_stride)
+    assert StepwiseInferer(task, 2)(random_pair(size), policy).shape == (2, len(size), *size)
+    grid = half(size) if field_stride == 2 else list(size)
+    assert list(task.reset(random_pair(size))["displacement"].shape) == [2, len(size), *grid]
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_upsampled_field_keeps_the_place_of_what_it_moves(size: tuple[int, ...]) -> None:
+    """A field that grows linearly along an axis is the same function of the place on both grids."""
+    task = RegistrationTask(len(size), field_stride=2)
+    state = task.reset(random_pair(size, batch=1))
+    centres = 2 * identity_grid(half(size)).float() + 0.5  # of the half grid's voxels, in voxels of the images
+    full = task.output(state | {"displacement": 0.1 * centres[None] / 2})
+    inside = (..., *(slice(1, n - 1) for n in size))
+    torch.testing.assert_close(full[inside], 0.1 * identity_grid(size).float()[None][inside])
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_fields_compose_on_the_half_grid(size: tuple[int, ...]) -> None:
+    task = RegistrationTask(len(size), field_stride=2)
+    first, second = smooth_action(half(size), batch=2), smooth_action(half(size), batch=2)
+    state = task.advance(task.advance(task.reset(random_pair(size)), first), second)
+    torch.testing.assert_close(state["displacement"], compose(first, second, Warp("bilinear", "border")))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_reward_of_a_half_grid_action_is_that_of_what_it_does_to_the_image(size: tuple[int, ...]) -> None:
+    fixed, moving = blocks(size), blocks(size, shift=2)
+    task = RegistrationTask(len(size), field_stride=2)
+    state = task.reset(random_pair(size, batch=1), torch.cat([fixed, moving], dim=1))
+    _, reward, terminated = task.step(state, constant_action(1, half(size)))
+    torch.testing.assert_close(reward, 10 * (1 - monai_dice(moving, fixed)))
+    assert terminated.all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dice_term_of_half_covered_voxels_falls_to_zero_where_the_labels_meet(size: tuple[int, ...]) -> None:
+    task = RegistrationTask(len(size), field_stride=2, dice_weight=2.0)
+    label = torch.cat([blocks(size), blocks(size, shift=2)], dim=1)
+    label = label * (label < 3)  # the third one comes near the edge, which the field repeats
+    state = task.reset(random_pair(size, batch=1), label)
+    apart, nearer, met = (
+        task.loss(state, constant_action(shift, half(size)), no_policy)["dice"].item() for shift in (0, 0.5, 1)
+    )
+    assert met == pytest.approx(0, abs=1e-4)
+    assert met < nearer < apart
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_fold_term_is_zero_for_a_smooth_field_and_positive_for_a_folded_one(size: tuple[int, ...]) -> None:
+    task = RegistrationTask(len(size), field_stride=2, fold_weight=3.0)
+    state = task.reset(random_pair(size, batch=1))
+    smooth = smooth_action(half(size), amplitude=0.2)
+    assert task.loss(state, smooth, no_policy)["folds"] == 0
+    mirrored = torch.zeros_like(smooth)
+    mirrored[:, 0] = (-2 * identity_grid(half(size))[0]).float()  # every determinant is -1
+    mirrored.requires_grad_()
+    folds = task.loss(state | {"displacement": torch.zeros_like(smooth)}, mirrored, no_policy)["folds"]
+    torch.testing.assert_close(folds, torch.tensor(3 * 1.1))
+    (gradient,) = torch.autograd.grad(folds, mirrored)
+    assert gradient.abs().sum() > 0
+
+
+def test_no_fold_term_without_its_weight() -> None:
+    task = RegistrationTask(2)
+    assert "folds" not in task.loss(task.reset(random_pair((8, 8))), constant_action(0, (8, 8), batch=2), no_policy)
+
+
+def seeing_task(size: Sequence[int], **options: Any) -> RegistrationTask:
+    """A task whose anatomy has three structures."""
+    anatomy = Anatomy(len(size), 3, channels=(4, 8))
+    return RegistrationTask(len(size), anatomy=anatomy, **options)
+
+
+@pytest.mark.parametrize("field_stride", [1, 2])
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_what_is_seen_in_both_images_is_observed_beside_them(size: tuple[int, ...], field_stride: int) -> None:
+    task = seeing_task(size, field_stride=field_stride)
+    image = random_pair(size)
+    observation = task.observe(task.reset(image))
+    assert observation.shape == (2, 2 + 2 * 3, *size)
+    assert torch.equal(observation[:, :2], image)
+    assert task.anatomy is not None
+    for seen, role in ((observation[:, 2:5], image[:, :1]), (observation[:, 5:], image[:, 1:])):
+        whole = (..., *(slice(n // field_stride * field_stride) for n in size))  # an odd edge is of half a block
+        pool = F.avg_pool3d if len(size) == 3 else F.avg_pool2d
+        expected = pool(task.anatomy.see(role)[whole], field_stride)
+        expected = F.interpolate(expected, scale_factor=field_stride, mode="nearest")
+        torch.testing.assert_close(seen[whole], expected)
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_what_is_seen_in_the_moving_image_moves_with_the_field(size: tuple[int, ...]) -> None:
+    task = seeing_task(size, field_stride=2)
+    state = task.reset(random_pair(size))
+    before = task.observe(state)
+    after = task.observe(task.advance(state, constant_action(1, half(size), batch=2)))
+    assert torch.equal(after[:, 2:5], before[:, 2:5])
+    torch.testing.assert_close(after[:, 5:, :-2], before[:, 5:, 2:], rtol=0, atol=1e-5)
+    assert (after[:, 5:, :-2] - before[:, 5:, :-2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["step", "loss"])
+def test_anatomy_needs_labels_in_training(part: str) -> None:
+    size = (16, 14)
+    task = seeing_task(size)
+    state, action = task.reset(random_pair(size)), constant_action(0, size, batch=2)
+    with pytest.raises(InputError, match="anatomy: expected labels in training, found pairs without"):
+        task.step(state, action) if part == "step" else task.own_loss(state)
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_inference_with_an_anatomy_needs_no_labels(size: tuple[int, ...]) -> None:
+    task = seeing_task(size, field_stride=2)
+    policy = PlannerActor(len(size), 8, len(size), channels=(8, 8), plan_channels=3, action_stride=2)
+    assert StepwiseInferer(task, 2)(random_pair(size), policy).shape == (2, len(size), *size)
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_observe_and_loss_with_an_anatomy_read_only_what_the_replay_stores(size: tuple[int, ...]) -> None:
+    task = seeing_task(size, field_stride=2, fold_weight=1.0)
+    action = smooth_action(half(size), batch=2)
+    state, _, _ = task.step(task.reset(random_pair(size), random_labels(size)), action)
+    stored = {key: state[key] for key in task.replay_keys}
+    assert torch.equal(task.observe(stored), task.observe(state))
+    terms = task.loss(stored, action, no_policy) | task.own_loss(stored)
+    assert set(terms) == {"ncc", "smoothness", "folds", "anatomy"}
+    torch.testing.assert_close(terms, task.loss(state, action, no_policy) | task.own_loss(state))

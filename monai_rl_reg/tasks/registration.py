@@ -185,10 +185,37 @@ class RegistrationTask(Task):
         if self.dice_weight > 0:
             self._require_labels(state)
             terms["dice"] = self.dice_weight * self._soft_dice(state, displacement)
-        if self.anatomy is not None:
-            self._require_labels(state)
-            terms["anatomy"] = self.anatomy.loss(state["fixed"], state["fixed_label"])
         return terms
+
+    def own_loss(self, state: State) -> dict[str, Tensor]:
+        """Return the loss of ``anatomy`` on both images.
+
+        Raises:
+            InputError: if there are no labels to learn it from.
+        """
+        if self.anatomy is None:
+            return {}
+        self._require_labels(state)
+        images, labels = (
+            torch.cat([state[f"{role}{part}"] for role in ("fixed", "moving")]) for part in ("", "_label")
+        )
+        return {"anatomy": self.anatomy.loss(images, labels)}
+
+    @torch.no_grad()
+    def expected_dice(self, state: State) -> Tensor:
+        """Return how far what is seen of the anatomy agrees, fixed with moved, (B,): Dice without any label.
+
+        The mean over the structures of 2 sum min(a, b) / (sum a + sum b), a and b the structure's probabilities.
+
+        Raises:
+            ValueError: if the task has no ``anatomy``.
+        """
+        if self.anatomy is None:
+            raise ValueError("expected_dice needs what is seen of the anatomy, and this task has none")
+        fixed = state["fixed_anatomy"].flatten(2)
+        moved = self.warp(state["moving_anatomy"], state["displacement"]).flatten(2)
+        both = 2 * torch.minimum(fixed, moved).sum(2) / (fixed.sum(2) + moved.sum(2)).clamp(min=1e-6)
+        return both.mean(1)
 
     def output(self, state: State) -> Tensor:
         """Return the displacement field, (B, d, *spatial) in voxels of the images."""
@@ -247,9 +274,7 @@ class RegistrationTask(Task):
         if values.numel() == 0:  # nothing labelled in these fixed images
             return displacement.sum() * 0
         region = torch.ge if self.nested_labels else torch.eq
-        moving, fixed = (
-            self._reduce(region(state[f"{role}_label"], values).float()) for role in ("moving", "fixed")
-        )
+        moving, fixed = (self._reduce(region(state[f"{role}_label"], values).float()) for role in ("moving", "fixed"))
         moved = (self.dice_sharpness * self.warp(moving, displacement)).clamp(max=1.0)
         dice: Tensor = self.dice(moved, fixed)
         return dice

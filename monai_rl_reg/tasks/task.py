@@ -55,6 +55,10 @@ class Task(nn.Module, ABC):
         further than one step.
         """
 
+    def own_loss(self, state: State) -> dict[str, Tensor]:
+        """Return the loss of what the task itself learns, as :meth:`loss` does, where no action has a part in it."""
+        return {}
+
     @abstractmethod
     def output(self, state: State) -> Tensor:
         """Return what becomes MONAI's ``pred``."""

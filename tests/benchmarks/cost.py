@@ -35,12 +35,12 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def transitions_per_second(size: int, *, box: bool, action_stride: int, steps: int = 3) -> float:
+def transitions_per_second(size: int, *, box: bool, field_stride: int, steps: int = 3) -> float:
     """Transitions of a training iteration (2 episodes, 2 updates of 4 transitions) per second."""
-    task = RegistrationTask(3, dice_reward=False)
+    task = RegistrationTask(3, field_stride=field_stride, dice_reward=False)
     if not box:
         task.ncc = LocalNormalizedCrossCorrelationLoss(3, task.ncc_window)  # type: ignore[assignment]
-    policy = PlannerActor(3, 2, 3, action_bound=5.0, action_stride=action_stride)
+    policy = PlannerActor(3, 2, 3, action_bound=5.0 / field_stride, action_stride=field_stride)
     loss = SoftActorCriticLoss(policy, TwinCritic(3, 2, 64), task)
     optimizer = torch.optim.Adam(loss.parameters())
     replay = ReplayBuffer(12, task.replay_keys)
@@ -73,7 +73,7 @@ def main(size: int = 64) -> None:
         print(f"local NCC, window 9, forward + backward, {name}: {1000 * times[name]:.1f} ms")
     print(f"  ratio {times['MONAI'] / times['box sums']:.1f}")
     for box, stride in ((False, 1), (False, 2), (True, 1), (True, 2)):
-        rate = transitions_per_second(size, box=box, action_stride=stride)
+        rate = transitions_per_second(size, box=box, field_stride=stride)
         ncc = "box sums" if box else "MONAI's NCC"
         print(f"training, {ncc}, field at 1/{stride} resolution: {rate:.2f} transitions/s")
 

@@ -234,7 +234,7 @@ def figures(moved: Moved, label: Tensor) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the summary as a table in markdown."""
     lines = [
-        "| method | Dice | deviation | 10th percentile | HD95, voxels | folded, % | SDlogJ | CPU s a pair | peak, MiB |",
+        "| method | Dice | deviation | 10th percentile | HD95, voxels | folded, % | SDlogJ | CPU s | peak, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (method, step), group in groups(rows).items():
