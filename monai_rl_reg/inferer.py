@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.task import State, Task
 
 
+def half_pays(device: str | torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16: several times faster, and as accurate for a step field."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public word for it
+    return torch.device(device).type == "cpu" and supported is not None and bool(supported())
+
+
 class StepwiseInferer(Inferer):
     """Carry out a number of steps of the policy and return ``task.output`` of the last state.
 
@@ -21,19 +30,23 @@ class StepwiseInferer(Inferer):
         task: the environment.
         steps: number of steps.
         sample: draw the plans instead of taking their mode, for uncertainty.
+        half: let the networks compute in bfloat16, see :func:`half_pays`.
         keep_history: keep the outputs of the last call, from before the first step to after the last, in ``history``.
 
     Raises:
         ValueError: if ``steps`` is negative.
     """
 
-    def __init__(self, task: Task, steps: int, *, sample: bool = False, keep_history: bool = False) -> None:
+    def __init__(
+        self, task: Task, steps: int, *, sample: bool = False, half: bool = False, keep_history: bool = False
+    ) -> None:
         super().__init__()
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
         self.task = task
         self.steps = steps
         self.sample = sample
+        self.half = half
         self.keep_history = keep_history
         self.history: list[Tensor] = []
 
@@ -47,9 +60,17 @@ class StepwiseInferer(Inferer):
 
     def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
         """Yield the first state and the state after every step."""
-        state = self.task.reset(convert_to_tensor(inputs, track_meta=False))
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.half):
+            state = self.task.reset(convert_to_tensor(inputs, track_meta=False))
         yield state
-        yield from follow(network, self.task, state, self.steps, sample=self.sample)  # type: ignore[arg-type]
+        yield from follow(  # type: ignore[misc]
+            network,  # type: ignore[arg-type]
+            self.task,
+            state,
+            self.steps,
+            sample=self.sample,
+            half=self.half,
+        )
 
 
 class FramewiseInferer(StepwiseInferer):

@@ -64,11 +64,17 @@ def rollout(
 
 
 @torch.no_grad()
-def follow(policy: PlannerActor, task: Task, state: State, steps: int, *, sample: bool = False) -> Iterator[State]:
-    """Yield the states of ``steps`` steps without judging them; the plan's mode, or with ``sample`` a drawn plan."""
+def follow(
+    policy: PlannerActor, task: Task, state: State, steps: int, *, sample: bool = False, half: bool = False
+) -> Iterator[State]:
+    """Yield the states of ``steps`` steps without judging them; the plan's mode, or with ``sample`` a drawn plan.
+
+    With ``half`` the policy computes in bfloat16; the task, and with it the fields, stay in fp32.
+    """
     for _ in range(steps):
         observation = task.observe(state)
-        action = policy.sample(observation)[2] if sample else policy(observation)
+        with torch.autocast(observation.device.type, torch.bfloat16, enabled=half):
+            action = policy.sample(observation)[2] if sample else policy(observation)
         state = task.advance(state, action)
         yield state
 

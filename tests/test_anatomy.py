@@ -124,15 +124,6 @@ def test_what_the_policy_makes_of_the_observation_does_not_move_it() -> None:
     assert all(parameter.grad is None for parameter in task.parameters())
 
 
-def test_expected_dice_is_one_where_both_images_show_the_same() -> None:
-    task, state = task_and_state()
-    same = task.reset(state["fixed"].repeat(1, 2, 1, 1))
-    torch.testing.assert_close(task.expected_dice(same), torch.ones(2))
-    assert (task.expected_dice(state) < 0.999).all()
-    with pytest.raises(ValueError, match="this task has none"):
-        RegistrationTask(2).expected_dice(state)
-
-
 def policy_and_anatomy(structures: int) -> tuple[PlannerActor, Anatomy]:
     policy = PlannerActor(2, 2 + 2 * structures, 2, channels=(4, 4), plan_channels=2, action_stride=2)
     return policy, make_anatomy(structures=structures)

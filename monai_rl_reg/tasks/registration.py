@@ -201,22 +201,6 @@ class RegistrationTask(Task):
         )
         return {"anatomy": self.anatomy.loss(images, labels)}
 
-    @torch.no_grad()
-    def expected_dice(self, state: State) -> Tensor:
-        """Return how far what is seen of the anatomy agrees, fixed with moved, (B,): Dice without any label.
-
-        The mean over the structures of 2 sum min(a, b) / (sum a + sum b), a and b the structure's probabilities.
-
-        Raises:
-            ValueError: if the task has no ``anatomy``.
-        """
-        if self.anatomy is None:
-            raise ValueError("expected_dice needs what is seen of the anatomy, and this task has none")
-        fixed = state["fixed_anatomy"].flatten(2)
-        moved = self.warp(state["moving_anatomy"], state["displacement"]).flatten(2)
-        both = 2 * torch.minimum(fixed, moved).sum(2) / (fixed.sum(2) + moved.sum(2)).clamp(min=1e-6)
-        return both.mean(1)
-
     def output(self, state: State) -> Tensor:
         """Return the displacement field, (B, d, *spatial) in voxels of the images."""
         return self._full(state["displacement"], state["fixed"])

@@ -42,7 +42,6 @@ from torch import Tensor  # noqa: E402
 from monai_rl_reg.checkpoints import load_policy  # noqa: E402
 from monai_rl_reg.data import PairDataset, read_pairs  # noqa: E402
 from monai_rl_reg.metrics import folded_percent, log_jacobian_std, mean_label_dice  # noqa: E402
-from monai_rl_reg.rollout import follow  # noqa: E402
 from monai_rl_reg.transforms import MovingToFixedGridd  # noqa: E402
 
 Array = np.ndarray
@@ -177,12 +176,13 @@ PROGRAMS: dict[str, Callable[[Array, Array, Array], Moved]] = {
 
 def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) -> Iterator[tuple[float, Moved]]:
     """Yield CPU seconds so far and the result after each step of the policy."""
-    network, task = parts.get_parsed_content("network"), parts.get_parsed_content("inferer").task
-    seconds, started = 0.0, time.process_time()
+    network, inferer = parts.get_parsed_content("network"), parts.get_parsed_content("inferer")
+    inferer.steps, seconds, started = steps, 0.0, time.process_time()
     with torch.inference_mode():
-        states = follow(network, task, task.reset(image), steps)
-        for state in states:
-            field = task.output(state)
+        for number, state in enumerate(inferer.trajectory(image, network)):
+            if number == 0:
+                continue  # the start
+            field = inferer.task.output(state)
             seconds += time.process_time() - started
             yield seconds, (field, Warp("nearest", "border")(label[:, 1:].float(), field))
             started = time.process_time()
