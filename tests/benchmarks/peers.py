@@ -276,9 +276,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes.annotate(method, (seconds, dice), xytext=(5, 4), textcoords="offset points")
     if curve:
         axes.plot(*zip(*curve, strict=True), marker="o", color="black", label="policy, 1 step and more")
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper right")
     axes.set(xscale="log", xlabel="CPU seconds a pair, one thread", ylabel="mean Dice")
     axes.grid(alpha=0.3)
+    axes.margins(x=0.2, y=0.15)
     figure.savefig(path, dpi=120)
 
 
