@@ -7,7 +7,8 @@ in NIfTI and MONAI; LPS, as in ITK, exists only in files and is converted here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from monai.networks.blocks import Warp
@@ -81,6 +82,12 @@ def sample(image: Tensor, index: Tensor, *, mode: str = "bilinear", outside: str
     return out.reshape(-1, *shape)
 
 
+def reduced(affine: Tensor, d: int) -> Tensor:
+    """Return the (d+1, d+1) part of a (4, 4) affine: files of 2D images carry a 3D one."""
+    keep = [*range(d), 3]
+    return affine[keep][:, keep]
+
+
 def voxels_to_millimetres(displacement: Tensor, affine: Tensor) -> Tensor:
     """Turn a field (d, *spatial) in voxels of the grid with this affine into RAS millimetres: u_mm = A[:d, :d] u."""
     d = displacement.shape[0]
@@ -104,3 +111,91 @@ def world_box(affine: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     corners = torch.cartesian_prod(*[torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in shape]).T
     world = transform_points(affine.double(), corners.reshape(len(shape), -1))
     return world.amin(1), world.amax(1)
+
+
+def slabs(shape: Sequence[int], most: int = 1_000_000) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a grid in slabs of at most ``most`` voxels (at least one layer), to bound the memory of work on it.
+
+    Args:
+        shape: of the grid, d sizes.
+        most: voxels.
+
+    Yields:
+        the slab along the first axis, and its voxel coordinates (d, *slab), double precision.
+    """
+    layer = 1
+    for n in shape[1:]:
+        layer *= n
+    thick = max(1, most // layer)
+    for start in range(0, shape[0], thick):
+        stop = min(start + thick, shape[0])
+        index = identity_grid((stop - start, *shape[1:]))
+        index[0] += start
+        yield slice(start, stop), index
+
+
+@dataclass(frozen=True)
+class DenseTransform:
+    """A world transform T(x) = x + g(x) that is known on a grid; beyond its edge g goes on as it is there.
+
+    Attributes:
+        displacement: g, (d, *spatial) in RAS millimetres.
+        affine: (4, 4), of the grid.
+    """
+
+    displacement: Tensor
+    affine: Tensor
+
+    def shift(self, points: Tensor) -> Tensor:
+        """Return g at world points (d, ...), in their precision."""
+        to_grid = torch.linalg.inv(reduced(self.affine.double(), points.shape[0]))
+        index = transform_points(to_grid, points.double()).float()
+        return sample(self.displacement, index).to(points.dtype)
+
+
+WorldTransform = Tensor | DenseTransform
+"""From fixed to moving space, RAS millimetres: an affine (4, 4), or a :class:`DenseTransform`."""
+
+
+def carry(transform: WorldTransform, points: Tensor) -> Tensor:
+    """Return the transform of world points (d, ...)."""
+    if isinstance(transform, DenseTransform):
+        return points + transform.shift(points)
+    return transform_points(reduced(transform.to(points.dtype), points.shape[0]), points)
+
+
+def carry_back(transform: WorldTransform, points: Tensor) -> Tensor:
+    """Return the points (d, ...) that the transform carries to these; a dense one by :func:`invert`."""
+    if isinstance(transform, DenseTransform):
+        return invert(transform, points)
+    return carry(torch.linalg.inv(transform.double()), points)
+
+
+def invert(transform: DenseTransform, points: Tensor, *, iterations: int = 60, tolerance: float = 1e-3) -> Tensor:
+    """Return the x with x + g(x) = z for world points z (d, ...), by the fixed-point iteration x <- z - g(x).
+
+    Points that are not there after a third of the iterations, as where g stretches more than twofold, go on with half,
+    and then with a quarter of that step. Where none converges, as at folds, the best x met is returned.
+
+    Args:
+        transform: gives g.
+        points: z.
+        iterations: at most; only points that are not there yet take part.
+        tolerance: the error |x + g(x) - z| in millimetres to stop at.
+    """
+    z = points.flatten(1)
+    found = z - transform.shift(z)
+    best = torch.full_like(z[0], torch.inf)
+    open_points = torch.arange(z.shape[1], device=z.device)
+    x = found
+    for i in range(iterations):
+        off = x + transform.shift(x) - z[:, open_points]
+        error = off.norm(dim=0)
+        better = error < best[open_points]
+        best[open_points[better]] = error[better]
+        found[:, open_points[better]] = x[:, better]
+        keep = error > tolerance
+        if not keep.any():
+            break
+        open_points, x = open_points[keep], (x - 0.5 ** (3 * i // iterations) * off)[:, keep]
+    return found.reshape(points.shape)

@@ -7,82 +7,133 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from monai.transforms import LoadImage
+from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
+from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import ras_to_lps
+from monai_rl_reg.itk_bridge import from_itk, read_series
 
 VECTOR_INTENT = 1007
 
 
-def read_volume(path: str | Path, *, spatial_dims: int = 3, what: str = "image") -> MetaTensor:
-    """Read one single-channel image in any format that MONAI reads, (1, *spatial) in fp32.
+def name_of(source: Any) -> str:
+    """Return what messages call an image: its path, or what kind of object it was given as."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, MetaTensor) and source.meta.get(ImageMetaKey.FILENAME_OR_OBJ):
+        return str(source.meta[ImageMetaKey.FILENAME_OR_OBJ])
+    return f"given as {type(source).__name__}"
+
+
+def read_volume(source: Any, *, spatial_dims: int | None = 3, what: str = "image") -> MetaTensor:
+    """Read one single-channel image, (1, *spatial) in fp32.
 
     Args:
-        path: the file.
-        spatial_dims: 2 or 3.
+        source: a file in any format that MONAI reads, the folder of a DICOM series, or an image of nibabel, SimpleITK,
+            ITK or MONAI (a MetaTensor with or without its channel).
+        spatial_dims: 2 or 3; None takes either.
         what: how messages call it.
 
     Raises:
         InputError: if the file is missing, unreadable, has another number of dimensions or channels, a singular
-            affine, or voxels that are not finite.
+            affine, or voxels that are not finite; or the source is nothing that has an affine.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{what} {path}: expected a file, found none")
+    name = name_of(source)
+    volume, affine = _load(source, name, what)
+    while volume.ndim > (spatial_dims or 2) and volume.shape[-1] == 1:
+        volume = volume[..., 0]
+    wanted = (2, 3) if spatial_dims is None else (spatial_dims,)
+    if volume.ndim not in wanted or volume.numel() == 0:
+        expected = " or ".join(map(str, wanted))
+        raise InputError(f"{what} {name}: expected {expected} dimensions, found shape {tuple(volume.shape)}")
+    d = volume.ndim
+    if not torch.isfinite(affine).all() or any(abs(float(torch.linalg.det(affine[:n, :n]))) < 1e-9 for n in (3, d)):
+        raise InputError(f"{what} {name}: expected an invertible affine, found {affine[:d, :d].tolist()}")
+    bad = int((~torch.isfinite(volume)).sum())
+    if bad:
+        raise InputError(f"{what} {name}: expected finite voxels, found {bad:,} of {volume.numel():,} NaN or infinite")
+    return MetaTensor(volume[None], affine=affine, meta={ImageMetaKey.FILENAME_OR_OBJ: name})
+
+
+def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
+    """Return the voxels in fp32, without a channel dimension, and the RAS affine (4, 4)."""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if path.is_dir() or (path.parent.is_dir() and path.suffix[1:].isdigit() and not path.exists()):
+            source = read_series(path, what)  # a folder, or one of its series by number
+        elif path.exists():
+            volume = _load_file(path, what)
+            return volume.as_tensor(), volume.affine.double()
+        else:
+            raise InputError(f"{what} {path}: expected a file, found none")
+    if isinstance(source, MetaTensor):
+        affine = to_affine_nd(3, source.affine).double()
+        if source.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS:
+            affine = torch.diag(ras_to_lps(torch.ones(4, dtype=torch.float64))) @ affine
+        whole = source.as_tensor().detach().float()
+        return whole[0] if whole.ndim > 2 and whole.shape[0] == 1 else whole, affine
+    if isinstance(source, SpatialImage):
+        if source.affine is None:
+            raise InputError(f"{what} {name}: expected an image with an affine, found none")
+        return torch.from_numpy(np.array(source.dataobj, dtype=np.float32)), torch.from_numpy(source.affine).double()
+    if hasattr(source, "GetDirection") and hasattr(source, "GetSpacing"):
+        array, affine = from_itk(source)
+        return torch.from_numpy(np.array(array, dtype=np.float32)), affine
+    raise InputError(
+        f"{what} {name}: expected a path or an image of nibabel, SimpleITK, ITK or MONAI, found one without an affine"
+    )
+
+
+def _load_file(path: Path, what: str) -> MetaTensor:
     try:
-        volume = LoadImage(image_only=True, ensure_channel_first=False, dtype=np.float32)(path)
+        volume: MetaTensor = LoadImage(image_only=True, ensure_channel_first=False, dtype=np.float32)(path)
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(
             f"{what} {path}: expected an image file that can be read, found {path.stat().st_size:,} bytes that cannot "
             f"({type(error.__cause__ or error).__name__}: {reason})"
         ) from error
-    while volume.ndim > spatial_dims and volume.shape[-1] == 1:
-        volume = volume[..., 0]
-    if volume.ndim != spatial_dims or volume.numel() == 0:
-        raise InputError(f"{what} {path}: expected {spatial_dims} dimensions, found shape {tuple(volume.shape)}")
-    affine = volume.affine.double()
-    if not torch.isfinite(affine).all() or abs(float(torch.linalg.det(affine[:3, :3]))) < 1e-9:
-        raise InputError(f"{what} {path}: expected an invertible affine, found {affine[:3, :3].tolist()}")
-    bad = int((~torch.isfinite(volume.as_tensor())).sum())
-    if bad:
-        raise InputError(f"{what} {path}: expected finite voxels, found {bad:,} of {volume.numel():,} NaN or infinite")
-    return MetaTensor(volume.as_tensor()[None], affine=affine)
+    return volume
 
 
-def read_image(path: str | Path, *, spatial_dims: int = 3, what: str = "image") -> MetaTensor:
+def read_image(path: Any, *, spatial_dims: int | None = 3, what: str = "image") -> MetaTensor:
     """Read an intensity image, (1, *spatial); besides :func:`read_volume`'s errors, a constant image is one."""
     image = read_volume(path, spatial_dims=spatial_dims, what=what)
     if image.min() == image.max():
         raise InputError(
-            f"{what} {path}: expected an image with contrast, found the value {float(image.min()):g} everywhere"
+            f"{what} {name_of(path)}: expected an image with contrast, "
+            f"found the value {float(image.min()):g} everywhere"
         )
     return image
 
 
-def read_label(path: str | Path, image: MetaTensor, image_path: str | Path, *, spatial_dims: int = 3) -> MetaTensor:
-    """Read the label map of an image, (1, *spatial).
+def read_label(path: Any, image: MetaTensor, image_path: Any, *, spatial_dims: int | None = 3) -> MetaTensor:
+    """Read the label map of an image, (1, *spatial); both may be what :func:`read_volume` takes.
 
     Raises:
         InputError: besides :func:`read_volume`'s errors, if the label is not on the image's grid, is empty, or has
             values that are negative or not whole numbers.
     """
     label = read_volume(path, spatial_dims=spatial_dims, what="label")
+    name, image_name = name_of(path), name_of(image_path)
     if label.shape != image.shape or not torch.allclose(label.affine, image.affine, atol=1e-2, rtol=0):
         same = label.shape == image.shape
         found = "another affine" if same else f"shape {tuple(label.shape[1:])} instead of {tuple(image.shape[1:])}"
-        raise InputError(f"label {path}: expected the grid of its image {image_path}, found {found}")
+        raise InputError(f"label {name}: expected the grid of its image {image_name}, found {found}")
     if not torch.equal(label, label.round()) or label.min() < 0:
-        raise InputError(f"label {path}: expected whole numbers from 0 up, found {label_range(label)}")
+        raise InputError(f"label {name}: expected whole numbers from 0 up, found {label_range(label)}")
     if not label.any():
-        raise InputError(f"label {path}: expected at least one labelled voxel, found only background")
+        raise InputError(f"label {name}: expected at least one labelled voxel, found only background")
     return label
 
 

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import (
+    WorldTransform,
+    carry,
     identity_grid,
+    reduced,
     sample,
     transform_points,
     voxels_to_millimetres,
     world_box,
 )
-from monai_rl_reg.nifti import read_image, read_label
+from monai_rl_reg.nifti import name_of, read_image, read_label
 
 ALIGNMENTS = ("auto", "world", "centre")
 
@@ -38,14 +41,14 @@ class LoadCased(Transform):
         self.spatial_dims = spatial_dims
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the case with tensors (1, *spatial) in place of the paths."""
+        """Return the case with tensors (1, *spatial) in place of the paths, or whatever else can be read."""
         case = dict(data)
         path = case["image"]
-        case["image_file"] = str(path)
+        case["image_file"] = name_of(path)
         case["image"] = read_image(path, spatial_dims=self.spatial_dims)
         if "label" in case:
-            case["label_file"] = str(case["label"])
-            case["label"] = read_label(case["label_file"], case["image"], path, spatial_dims=self.spatial_dims)
+            label, case["label_file"] = case["label"], name_of(case["label"])
+            case["label"] = read_label(label, case["image"], path, spatial_dims=self.spatial_dims)
             case["label_values"] = [int(v) for v in torch.unique(case["label"].as_tensor()) if v > 0]
         return case
 
@@ -59,7 +62,8 @@ class MovingToFixedGridd(Transform):
 
     Out of ``fixed, moving[, fixed_label, moving_label]`` come ``image`` (2, *spatial), ``label`` (2, *spatial),
     and ``initial``, the (4, 4) world transform from fixed to moving space that was applied. With ``spatial_size`` in
-    the dictionary the fixed grid is cropped or padded to it, around its centre.
+    the dictionary the fixed grid is cropped or padded to it, around its centre; with ``initial`` in it, a
+    :data:`~monai_rl_reg.geometry.WorldTransform`, that one is applied and ``align`` is not asked.
 
     Args:
         align: ``auto``, ``world`` or ``centre``.
@@ -85,11 +89,13 @@ class MovingToFixedGridd(Transform):
         grid_affine[:3, 3] += grid_affine[:3, :d] @ offset
 
         fixed_on_grid = sample(fixed.as_tensor(), index.float())
-        candidates = self._candidates(fixed, moving, pair)
+        given: WorldTransform | None = pair.get("initial")
+        candidates = self._candidates(fixed, moving, pair) if given is None else [given]
+        world = transform_points(reduced(fixed.affine.double(), d), index)
+        to_moving = reduced(torch.linalg.inv(moving.affine.double()), d)
         best = None
         for initial in candidates:
-            to_moving = (torch.linalg.inv(moving.affine.double()) @ initial @ fixed.affine.double()).float()
-            moving_index = transform_points(_reduced(to_moving, d), index.float())
+            moving_index = transform_points(to_moving, carry(initial, world)).float()
             moving_on_grid = sample(moving.as_tensor(), moving_index)
             score = _correlation(fixed_on_grid, moving_on_grid) if len(candidates) > 1 else 0.0
             if best is None or score > best[0] + 1e-6:
@@ -106,7 +112,7 @@ class MovingToFixedGridd(Transform):
             pair["label"] = MetaTensor(torch.cat(labels), affine=grid_affine)
         return pair
 
-    def _candidates(self, fixed: MetaTensor, moving: MetaTensor, pair: dict[Hashable, Any]) -> list[Tensor]:
+    def _candidates(self, fixed: MetaTensor, moving: MetaTensor, pair: dict[Hashable, Any]) -> list[WorldTransform]:
         d = fixed.ndim - 1
         identity = torch.eye(4, dtype=torch.float64)
         centred = identity.clone()
@@ -118,8 +124,8 @@ class MovingToFixedGridd(Transform):
         centred[:3, 3] = centres[1] - centres[0]
         if self.align == "centre":
             return [centred]
-        low_f, high_f = world_box(_reduced(fixed.affine.double(), d), fixed.shape[1:])
-        low_m, high_m = world_box(_reduced(moving.affine.double(), d), moving.shape[1:])
+        low_f, high_f = world_box(reduced(fixed.affine.double(), d), fixed.shape[1:])
+        low_m, high_m = world_box(reduced(moving.affine.double(), d), moving.shape[1:])
         if (high_f < low_m).any() or (high_m < low_f).any():
             raise InputError(
                 f"moving image {pair.get('moving_file', '')}: expected to overlap in space with the fixed image "
@@ -192,8 +198,8 @@ class FinishOnFixedGridd(Transform):
             ),
             affine=fixed.affine,
         )
-        world = transform_points(_reduced(fixed.affine.double(), d), index)
-        to_moving = _reduced(torch.linalg.inv(moving.affine.double()), d)
+        world = transform_points(reduced(fixed.affine.double(), d), index)
+        to_moving = reduced(torch.linalg.inv(moving.affine.double()), d)
         landing = transform_points(to_moving, world + out["displacement"].as_tensor())
         out["moved"] = MetaTensor(sample(moving.as_tensor(), landing, outside="zeros"), affine=fixed.affine)
         if "moving_label_file" in out:
@@ -207,20 +213,20 @@ class FinishOnFixedGridd(Transform):
             if "fixed_label_file" in out:
                 out["fixed_label"] = read_label(out["fixed_label_file"], fixed, out["fixed_file"], spatial_dims=d)
                 out["unmoved_label"] = moved_label(
-                    transform_points(to_moving, transform_points(_reduced(initial, d), world))
+                    transform_points(to_moving, transform_points(reduced(initial, d), world))
                 )
         return out
 
 
 def displacement_on_grid(
-    displacement: Tensor, grid_affine: Tensor, initial: Tensor, fixed_affine: Tensor, index: Tensor
+    displacement: Tensor, grid_affine: Tensor, initial: WorldTransform, fixed_affine: Tensor, index: Tensor
 ) -> Tensor:
     """Resample a working field onto the fixed image's own grid, as one field in RAS millimetres.
 
     Args:
         displacement: u (d, *working), in voxels of the working grid.
         grid_affine: (4, 4) affine of the working grid, A.
-        initial: (4, 4) world transform from fixed to moving space applied beforehand, T.
+        initial: world transform from fixed to moving space applied beforehand, T.
         fixed_affine: (4, 4) affine of the fixed image.
         index: voxel coordinates of the fixed image's grid, (d, *spatial).
 
@@ -228,18 +234,12 @@ def displacement_on_grid(
         T(x + A u) - x at the world coordinate x of every voxel, (d, *spatial).
     """
     d = index.shape[0]
-    world = transform_points(_reduced(fixed_affine, d), index)
-    on_working = transform_points(_reduced(torch.linalg.inv(grid_affine), d), world)
+    world = transform_points(reduced(fixed_affine, d), index)
+    on_working = transform_points(reduced(torch.linalg.inv(grid_affine), d), world)
     millimetres = voxels_to_millimetres(displacement.to(index.dtype), grid_affine)
     # components in millimetres first, then resampled: voxel vectors of one grid mean nothing on another
     moved = world + sample(millimetres, on_working).to(index.dtype)
-    return transform_points(_reduced(initial, d), moved) - world
-
-
-def _reduced(affine: Tensor, d: int) -> Tensor:
-    """The (d+1, d+1) part of a (4, 4) affine: NIfTI files of 2D images carry a 3D one."""
-    keep = [*range(d), 3]
-    return affine[keep][:, keep]
+    return carry(initial, moved) - world
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

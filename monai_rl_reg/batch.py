@@ -1,0 +1,214 @@
+"""Register many pairs: a folder a pair, one table; resumable, and shared among processes by ``torchrun``."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from monai_rl_reg.data import read_pairs
+from monai_rl_reg.errors import InputError, find_input_error
+from monai_rl_reg.nifti import replacing
+from monai_rl_reg.registration import Registrar
+from monai_rl_reg.request import Options, Pair
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = [
+    "name",
+    "status",
+    "reason",
+    "fixed",
+    "moving",
+    "ncc_before",
+    "ncc_after",
+    "dice_before",
+    "dice_after",
+    "folded_percent",
+    "sdlogj",
+    "inverse_error_mm",
+    "steps",
+    "seconds",
+    "warnings",
+]
+"""Of ``summary.csv``."""
+
+
+def read_jobs(path: str | Path) -> list[dict[str, str]]:
+    """Read a CSV of pairs as :func:`~monai_rl_reg.data.read_pairs` does, with ``name`` and perhaps ``landmarks``.
+
+    Pairs without a name are called by the number of their row, from ``0000`` on. Paths are relative to the file.
+
+    Raises:
+        InputError: besides that function's errors, if a name is there twice or cannot be that of a folder.
+    """
+    path = Path(path)
+    jobs = read_pairs(path)
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        rows = list(reader)
+    seen: dict[str, int] = {}
+    for number, (job, row) in enumerate(zip(jobs, rows, strict=True)):
+        name = (row.get("name") or "").strip() or f"{number:04d}"
+        if name in (".", "..") or name != Path(name).name or name == "summary.csv":
+            raise InputError(f"pairs {path}, line {number + 2}: expected the name of a folder, found {name!r}")
+        if name in seen:
+            raise InputError(
+                f"pairs {path}, line {number + 2}: expected another name than in line {seen[name]}: {name}"
+            )
+        seen[name] = number + 2
+        job["name"] = name
+        if landmarks := (row.get("landmarks") or "").strip():
+            job["landmarks"] = str(path.parent / landmarks)
+    return jobs
+
+
+def register_pairs(
+    pairs: str | Path,
+    output: str | Path,
+    registrar: Registrar,
+    options: Options,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    **save: bool,
+) -> list[dict[str, Any]]:
+    """Register the pairs of a CSV file: ``output/NAME`` has the files of each, ``output/summary.csv`` a row of each.
+
+    A pair that fails is a row with its reason. Under ``torchrun`` every process takes its share, and the first one
+    writes the table. ``output`` then lies on a file system that all of them see.
+
+    Args:
+        pairs: see :func:`read_jobs`.
+        output: the folder.
+        registrar: the policy.
+        options: how to register each pair.
+        resume: skip pairs whose folder is complete and of the same images.
+        progress: show a progress bar with the time left, of the first process's share.
+        save: passed on to :meth:`~monai_rl_reg.registration.Registration.save`.
+
+    Returns:
+        the rows of ``summary.csv``, in every process.
+
+    Raises:
+        InputError: if the CSV file or the bundle is bad, or the folder cannot be written to.
+    """
+    jobs, output = read_jobs(pairs), Path(output)
+    with _processes() as (rank, world):
+        _check_writable(output / f".writable.{rank}")
+        shares: list[Any] = [None] * world
+        rows: list[dict[str, Any]] = []
+        work = _work(jobs[rank::world], output, registrar, options, resume, save)
+        with tqdm(
+            work, total=len(jobs[rank::world]), desc="pairs", unit="pair", disable=not progress or rank > 0
+        ) as bar:
+            try:
+                for row in bar:
+                    rows.append(row)
+                    if row["status"] == "failed":
+                        tqdm.write(f"failed: {row['name']}: {row['reason']}", file=sys.stderr)
+            finally:
+                if world == 1:
+                    _write(output / "summary.csv", rows)
+        if world > 1:
+            dist.all_gather_object(shares, rows)
+            rows = [shares[i % world][i // world] for i in range(len(jobs))]
+            if rank == 0:
+                _write(output / "summary.csv", rows)
+            dist.barrier()
+    return rows
+
+
+def _work(
+    jobs: Sequence[dict[str, str]],
+    output: Path,
+    registrar: Registrar,
+    options: Options,
+    resume: bool,
+    save: dict[str, bool],
+) -> Iterator[dict[str, Any]]:
+    """Register one pair after the other, while a thread reads the next one; yield the row of each."""
+    with ThreadPoolExecutor(1) as reader:
+        following: Future[Pair | dict[str, Any]] | None = None
+        for i, job in enumerate(jobs):
+            current = following or reader.submit(_prepare, job, output, resume)
+            following = reader.submit(_prepare, jobs[i + 1], output, resume) if i + 1 < len(jobs) else None
+            if current.exception() is None and isinstance(pair := current.result(), Pair):
+                registrar.bundle(pair.fixed.ndim - 1)  # a bundle that cannot be used ends it all
+            try:
+                ready = current.result()
+                if isinstance(ready, Pair):
+                    result = registrar.register(ready, options)
+                    result.save(output / job["name"], **save)
+                    ready = result.quality
+                yield _row(job, "done", ready)
+            except Exception as error:
+                yield _failure(job, error)
+
+
+def _prepare(job: dict[str, str], output: Path, resume: bool) -> Pair | dict[str, Any]:
+    """Read a pair; or its quality figures, where it is complete already."""
+    if resume:
+        with contextlib.suppress(OSError, ValueError):
+            quality: dict[str, Any] = json.loads((output / job["name"] / "quality.json").read_text(encoding="utf-8"))
+            if all(quality.get(role) == job[role] for role in ("fixed", "moving")):
+                return quality
+    return Pair.read(**{key: value for key, value in job.items() if key != "name"})
+
+
+def _failure(job: dict[str, str], error: Exception) -> dict[str, Any]:
+    known = find_input_error(error)
+    if known is None:  # a defect, or out of memory: the log tells more
+        logger.error("%s", job["name"], exc_info=error)
+    reason = str(known) if known is not None else f"{type(error).__name__}: {error}"
+    return _row(job, "failed", {"reason": " ".join(reason.split())})
+
+
+def _check_writable(path: Path) -> None:
+    with replacing(path):
+        pass
+    path.unlink()
+
+
+def _row(job: dict[str, str], status: str, quality: dict[str, Any]) -> dict[str, Any]:
+    row = {column: quality.get(column) for column in COLUMNS}
+    row |= {"name": job["name"], "status": status, "fixed": job["fixed"], "moving": job["moving"]}
+    row["warnings"] = "; ".join(quality.get("warnings", []))
+    return row
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """Yield this process's rank and the number of processes, joined while this lasts."""
+    world = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    if world == 1:
+        yield 0, 1
+        return
+    mine = not dist.is_initialized()
+    if mine:  # gloo: only rows go between processes. The first to finish waits for the last, for days if need be
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    try:
+        yield dist.get_rank(), world
+    finally:
+        if mine:
+            dist.destroy_process_group()

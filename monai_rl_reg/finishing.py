@@ -1,0 +1,128 @@
+"""From the policy's field to results on the images' own grids, in slabs, so that large images need little memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from monai_rl_reg.geometry import (
+    DenseTransform,
+    WorldTransform,
+    carry,
+    carry_back,
+    invert,
+    reduced,
+    sample,
+    slabs,
+    transform_points,
+    voxels_to_millimetres,
+)
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """A registration as maps of points, from the fixed image's space to the moving image's and back.
+
+    The way there is T(x + w(x)), with the initial transform T and w the policy's field on the fixed image's own grid.
+
+    Attributes:
+        initial: T.
+        steps: w, RAS millimetres.
+        displacement: T(x + w(x)) - x on the same grid, RAS millimetres.
+    """
+
+    initial: WorldTransform
+    steps: DenseTransform
+    displacement: DenseTransform
+
+    @classmethod
+    def on_fixed_grid(
+        cls, field: Tensor, grid_affine: Tensor, initial: WorldTransform, fixed: MetaTensor
+    ) -> Correspondence:
+        """Resample a working field (d, *working), in voxels of its grid, onto the fixed image's own grid.
+
+        Args:
+            field: the policy's field.
+            grid_affine: (4, 4) affine of the working grid.
+            initial: T.
+            fixed: (1, *spatial).
+        """
+        affine, shape = fixed.affine.double(), fixed.shape[1:]
+        # components in millimetres first, then resampled: voxel vectors of one grid mean nothing on another
+        working = DenseTransform(voxels_to_millimetres(field.cpu().float(), grid_affine), grid_affine)
+        w, u = torch.empty(len(shape), *shape), torch.empty(len(shape), *shape)
+        for rows, index in slabs(shape):
+            world = transform_points(reduced(affine, len(shape)), index)
+            shift = working.shift(world)
+            w[:, rows], u[:, rows] = shift, carry(initial, world + shift) - world
+        return cls(initial, DenseTransform(w, affine), DenseTransform(u, affine))
+
+    def forth(self, points: Tensor) -> Tensor:
+        """Carry world points (d, ...) from fixed to moving space."""
+        return points + self.displacement.shift(points)
+
+    def back(self, points: Tensor) -> Tensor:
+        """Carry world points (d, ...) from moving to fixed space, by fixed-point iteration."""
+        return invert(self.steps, carry_back(self.initial, points))
+
+    def move(self, volume: MetaTensor, *, nearest: bool = False, initial_only: bool = False) -> MetaTensor:
+        """Resample a volume of the moving image, (1, *moving grid), on the fixed image's grid, once; 0 outside it.
+
+        Args:
+            volume: image, linear, or label map, nearest neighbour, whose integers it keeps.
+            nearest: whether it is a label map.
+            initial_only: leave the policy's field out.
+        """
+        affine, shape = self.displacement.affine, self.displacement.displacement.shape[1:]
+        d, mode = len(shape), "nearest" if nearest else "bilinear"
+        to_moving = reduced(torch.linalg.inv(volume.affine.double()), d)
+        source = volume.as_tensor().float()
+        moved = torch.empty(1, *shape, dtype=label_dtype(source) if nearest else torch.float32)
+        for rows, index in slabs(shape):
+            world = transform_points(reduced(affine, d), index)
+            there = carry(self.initial, world) if initial_only else world + self.displacement.displacement[:, rows]
+            landing = transform_points(to_moving, there).float()
+            moved[:, rows] = sample(source, landing, mode=mode, outside="zeros").to(moved.dtype)
+        return MetaTensor(moved, affine=affine)
+
+    def inverse(self, moving: MetaTensor) -> tuple[MetaTensor, float, float]:
+        """Return the field back, (d, *moving grid) in RAS millimetres, and the mean and the largest error there.
+
+        The error is the distance in millimetres from where the field back and then the displacement lead to where they
+        began, over the voxels that come from inside the fixed image; NaN where none does.
+        """
+        affine, shape = moving.affine.double(), moving.shape[1:]
+        d = len(shape)
+        to_fixed = torch.linalg.inv(reduced(self.displacement.affine, d))
+        size = torch.tensor(self.displacement.displacement.shape[1:], dtype=torch.float64).reshape(-1, *[1] * d)
+        v = torch.empty(d, *shape)
+        total, count, largest = 0.0, 0, torch.nan
+        for rows, index in slabs(shape):
+            world = transform_points(reduced(affine, d), index)
+            came = self.back(world)
+            v[:, rows] = came - world
+            voxel = transform_points(to_fixed, came)
+            inside = ((voxel >= 0) & (voxel <= size - 1)).all(0)
+            if inside.any():
+                error = (self.forth(came) - world).norm(dim=0)[inside]
+                total, count = total + float(error.sum()), count + len(error)
+                largest = max(float(error.max()), largest) if count > len(error) else float(error.max())
+        return MetaTensor(v, affine=affine), total / count if count else float("nan"), float(largest)
+
+    def spread(self, deviation: Tensor, grid_affine: Tensor) -> MetaTensor:
+        """Resample a scalar of the working grid, (1, *working), on the fixed image's grid; the edge goes on."""
+        affine, shape = self.displacement.affine, self.displacement.displacement.shape[1:]
+        out = torch.empty(1, *shape)
+        to_working = torch.linalg.inv(reduced(grid_affine.double(), len(shape))) @ reduced(affine, len(shape))
+        for rows, index in slabs(shape):
+            out[:, rows] = sample(deviation, transform_points(to_working, index).float())
+        return MetaTensor(out, affine=affine)
+
+
+def label_dtype(label: Tensor) -> torch.dtype:
+    """Return the smallest usual integer type that holds a label map's values."""
+    top = int(label.max())
+    return torch.uint8 if top < 256 else torch.int16 if top < 2**15 else torch.int32

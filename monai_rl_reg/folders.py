@@ -1,0 +1,98 @@
+"""Output folders whose files appear together: a kill leaves the complete old set or the complete new one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+from monai_rl_reg.errors import InputError
+
+RENAME_EXCHANGE = 2  # of Linux's renameat2
+AT_FDCWD = -100
+
+
+@contextmanager
+def replacing_folder(folder: str | Path, ours: Set[str]) -> Iterator[Path]:
+    """Yield an empty folder to write files into; they take the place of ``folder``'s when all went well.
+
+    A folder that is not there yet appears by one rename; one that is there is exchanged for the new one in one step
+    (Linux), or by two renames. What else lies in it stays. Where folders cannot be renamed (a mount point, the working
+    directory) the files are moved in one by one.
+
+    Args:
+        folder: the output folder.
+        ours: names of all files that a run may leave; those that this run did not write are removed.
+
+    Raises:
+        InputError: if the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(0, "a file of this name")
+        inside = folder.is_dir() and (folder.is_mount() or folder.resolve() == Path.cwd())
+        home = folder if inside else folder.resolve().parent
+        staging = Path(tempfile.mkdtemp(dir=home, prefix=f".{folder.resolve().name}."))
+        staging.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise InputError(
+            f"output {folder}: expected a folder that can be written to, found: {error.strerror}"
+        ) from error
+    try:
+        yield staging
+        if inside:
+            _move_in(staging, folder, ours)
+        else:
+            _swap(staging, folder.resolve(), ours)
+    except OSError as error:
+        raise InputError(f"output {folder}: expected room to write it, found: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, folder: Path, ours: Set[str]) -> None:
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    foreign = [entry.name for entry in folder.iterdir() if entry.name not in ours]
+    for name in foreign:  # a hard link now, so that such a file is in its place at every moment
+        with contextlib.suppress(OSError):
+            os.link(folder / name, staging / name, follow_symlinks=False)
+    _exchange(staging, folder)  # from here on ``staging`` has what was there before
+    for name in foreign:
+        if not os.path.lexists(folder / name):
+            (staging / name).rename(folder / name)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Exchange two folders of one parent: in one step where the system can, else by renames."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        paths = [os.fsencode(path) for path in (a, b)]
+        if libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0:
+            return
+    aside = a.with_name(f"{a.name}.old")
+    b.rename(aside)
+    a.rename(b)
+    aside.rename(a)
+
+
+def _move_in(staging: Path, folder: Path, ours: Set[str]) -> None:
+    written = {file.name for file in staging.iterdir()}
+    for name in sorted(written):
+        (staging / name).replace(folder / name)
+    for name in ours - written:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

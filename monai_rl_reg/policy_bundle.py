@@ -1,0 +1,135 @@
+"""A bundle as a registration uses it: its own parts, wired by its own configuration, taken by their ids."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+from monai_rl_reg.errors import InputError, find_input_error
+from monai_rl_reg.inferer import StepwiseInferer
+from monai_rl_reg.refinement import FOLD_WEIGHT
+from monai_rl_reg.tasks.registration import RegistrationTask
+from monai_rl_reg.tasks.task import State, Task
+
+DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "rl_reg"
+CONFIG = Path("configs") / "inference.json"
+WITH_LABELS = "with_labels.json"
+"""Laid over ``train.json`` to train a policy that sees structures."""
+
+
+class PolicyBundle:
+    """The parts of a registration bundle's ``inference.json``, with the weights loaded.
+
+    Whatever the configuration's ``run`` does before it runs the evaluator is done here: loading the weights.
+
+    Args:
+        folder: the bundle; by default ``bundles/rl_reg`` of the repository that this package lies in.
+        ckpt: weights; by default those that the configuration names.
+        device: where to compute, for example ``cuda:0``; by default the configuration's choice.
+        spatial_dims: 2 or 3.
+
+    Raises:
+        InputError: if the bundle or the weights are missing, or the weights are for another network.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        ckpt: str | Path | None = None,
+        device: str | torch.device | None = None,
+        spatial_dims: int = 3,
+    ) -> None:
+        self.folder = Path(folder) if folder is not None else DEFAULT_BUNDLE
+        if not (self.folder / CONFIG).is_file():
+            hint = "" if folder is not None else "; name one with --bundle"
+            raise InputError(f"bundle {self.folder}: expected a folder with {CONFIG} in it, found none{hint}")
+        self.settings: dict[str, Any] = {"bundle_root": str(self.folder), "spatial_dims": spatial_dims}
+        if ckpt is not None:
+            self.settings["ckpt"] = str(ckpt)
+        if device is not None:
+            self.settings["device"] = f"$torch.device({str(device)!r})"
+        parser = self._parser()
+        try:
+            self.device: torch.device = parser.get_parsed_content("device")
+            self.ckpt = str(parser.get_parsed_content("ckpt"))
+            self.network: nn.Module = parser.get_parsed_content("network").eval()
+            self.task: Task = parser.get_parsed_content("task").to(self.device).eval()
+            self.inferer: StepwiseInferer = parser.get_parsed_content("inferer")
+            self.case_transform: Callable[[Any], Any] = parser.get_parsed_content("case_transform")
+            self.preprocessing: Callable[[Any], Any] = parser.get_parsed_content("preprocessing")
+            for i, line in enumerate(parser["run"]):
+                if "@evaluator" not in str(line):
+                    parser.get_parsed_content(f"run::{i}")
+        except Exception as error:
+            raise find_input_error(error) or error from error
+        self.pixdim = parser.get("pixdim")
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that the configuration takes."""
+        return self.inferer.steps
+
+    def keep_spacing(self) -> Callable[[Any], Any]:
+        """Return the case transform without its change of the voxel size: for images brought to one beforehand."""
+        parser = self._parser(pixdim=None)
+        transform: Callable[[Any], Any] = parser.get_parsed_content("case_transform")
+        return transform
+
+    def refinement_task(self) -> RegistrationTask:
+        """Return the task with the loss that the policy was trained by, as far as the bundle's configurations tell.
+
+        Structures are seen once, before (see :meth:`see`), and not learnt: it has no anatomy. A network learns to
+        leave folds out, a free field has to be told.
+        """
+        configs = [path for path in self._training() if path.is_file()] or [self.folder / CONFIG]
+        task: Any = self._parser(*configs, anatomy=None).get_parsed_content("task").to(self.device).eval()
+        task.fold_weight = max(task.fold_weight, FOLD_WEIGHT)
+        checked: RegistrationTask = task
+        return checked
+
+    @torch.no_grad()
+    def see(self, image: Tensor) -> Tensor | None:
+        """Return the labels that the policy sees by itself in images (1, 2, *spatial), the same shape, int32.
+
+        None where it was trained without labels and sees no structures.
+        """
+        anatomy = getattr(self.task, "anatomy", None)
+        if anatomy is None:
+            return None
+        images = image.to(self.device).split(1, dim=1)
+        return torch.cat([anatomy(x).argmax(1, keepdim=True).int() for x in images], dim=1)
+
+    def _training(self) -> list[Path]:
+        seen = getattr(self.task, "anatomy", None) is not None
+        return [self.folder / "configs" / name for name in (["train.json", WITH_LABELS] if seen else ["train.json"])]
+
+    def trajectory(self, image: Tensor, steps: int, *, sample: bool = False) -> Iterator[State]:
+        """Yield the first state and that after every step, of images (1, 2, *spatial), fixed and moving."""
+        inferer = copy.copy(self.inferer)
+        inferer.steps, inferer.sample = steps, sample
+        yield from inferer.trajectory(image.to(self.device), self.network)
+
+    def version(self) -> str:
+        """Return the bundle's name and version, as its metadata has them."""
+        path = self.folder / "configs" / "metadata.json"
+        metadata = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return f"{metadata.get('name', self.folder.name)} {metadata.get('version', '')}".strip()
+
+    def _parser(self, *configs: Path, **overrides: Any) -> ConfigParser:
+        parser = ConfigParser()
+        try:
+            parser.read_config(list(configs) or self.folder / CONFIG)
+        except ValueError as error:
+            raise InputError(f"bundle {self.folder}: expected configurations in JSON, found {error}") from error
+        config: Any = parser.config
+        known = {key: value for key, value in (self.settings | overrides).items() if key in config}
+        parser.update(known)
+        return parser

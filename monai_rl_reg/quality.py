@@ -1,0 +1,87 @@
+"""The figures by which to trust a registration, or not: what ``quality.json`` holds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import SimpleITK as sitk
+import torch
+from monai import __version__ as monai_version
+from monai.data import MetaTensor
+from torch import Tensor
+
+from monai_rl_reg import __version__
+from monai_rl_reg.metrics import folded_percent, label_dice, log_jacobian_std
+
+MOST_FOLDED = 1.0
+"""Percentage of folded voxels above which a registration comes with a warning."""
+LEAST_SEEN = 0.8
+"""Dice of structures that the policy sees below which it comes with one: on images like those of the training it is
+over 0.9, on others was under 0.6."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the figures depend on."""
+    return {
+        "monai_rl_reg": __version__,
+        "monai": str(monai_version),
+        "torch": str(torch.__version__),
+        "SimpleITK": str(sitk.Version.VersionString()),
+    }
+
+
+def dice_figures(moved: MetaTensor, unmoved: MetaTensor, fixed: MetaTensor) -> dict[str, Any]:
+    """Return ``dice_before``, ``dice_after``, means over the fixed map's labels, and ``dice_per_label`` after.
+
+    Args:
+        moved: label map (1, *spatial) on the fixed grid.
+        unmoved: likewise, with the initial transform alone.
+        fixed: likewise.
+    """
+    reference = fixed.as_tensor()[None]
+    before, after = (label_dice(x.as_tensor()[None], reference)[0] for x in (unmoved, moved))
+    there = ~after.isnan()
+    return {
+        "dice_before": float(before.nanmean()),
+        "dice_after": float(after.nanmean()),
+        "dice_per_label": {str(i + 1): round(float(after[i]), 6) for i in there.nonzero().flatten().tolist()},
+    }
+
+
+def field_figures(displacement: Tensor, affine: Tensor) -> dict[str, float]:
+    """Return ``folded_percent`` and ``sdlogj`` of a field (d, *spatial) in RAS millimetres on a grid."""
+    d = len(displacement)
+    voxels = torch.tensordot(torch.linalg.inv(affine[:d, :d].double()).float(), displacement, dims=1)[None]
+    return {"folded_percent": float(folded_percent(voxels)), "sdlogj": float(log_jacobian_std(voxels))}
+
+
+def warnings_about(quality: dict[str, Any]) -> list[str]:
+    """Return in plain words what in the figures speaks against the result.
+
+    A policy that was trained with labels gives up some similarity for structures that agree: while those that it sees
+    in both images do, a lower NCC is no fault.
+    """
+    found = []
+    seen, hint = quality.get("seen_dice_after"), "they may be unlike those that the weights were trained on"
+    if seen is not None and seen < LEAST_SEEN:
+        found.append(f"the structures that the policy sees in both images agree by a Dice of {seen:.2f} only: {hint}")
+    if quality["ncc_after"] < quality["ncc_before"] and (seen is None or seen < LEAST_SEEN):
+        found.append(
+            f"the similarity of the images fell, local NCC {quality['ncc_before']:.3f} to {quality['ncc_after']:.3f}"
+            + (f": {hint}" if seen is None else "")
+        )
+    if quality.get("dice_after", math.nan) < quality.get("dice_before", math.nan):
+        found.append(f"the labels agree less, Dice {quality['dice_before']:.3f} to {quality['dice_after']:.3f}")
+    if quality["folded_percent"] > MOST_FOLDED:
+        found.append(f"{quality['folded_percent']:.2g} % of the voxels are folded")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return a figure as JSON can hold it: what is not a number, or infinite, as null."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

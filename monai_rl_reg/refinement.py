@@ -1,0 +1,141 @@
+"""Refinement of one pair: from the policy's field, gradient descent on the task's own loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from monai.transforms import MapTransform
+from monai.utils import convert_to_tensor
+from torch import Tensor
+
+from monai_rl_reg.tasks.registration import RegistrationTask
+from monai_rl_reg.tasks.task import Act, State, Task
+
+LEARNING_RATE = 0.02
+"""Of Adam, in voxels of the field's grid: about the most that a voxel moves in one iteration."""
+FOLD_WEIGHT = 10.0
+"""Of the task loss's term against folds, where the task itself has none or a smaller one."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The best state that a refinement met, and how it came there.
+
+    Attributes:
+        state: the start, or it with a better field; never one with a higher loss.
+        loss_before: of the start.
+        loss_after: of the state.
+        iterations: of gradient descent.
+        seconds: wall time.
+    """
+
+    state: State
+    loss_before: float
+    loss_after: float
+    iterations: int
+    seconds: float
+
+
+def refine(
+    task: Task, state: State, act: Act, *, seconds: float = math.inf, iterations: int | None = None
+) -> Refinement:
+    """Compose one more step onto a state's field, found by Adam on the task's loss, smoothness included.
+
+    Stops at the first of both limits; the iteration under way ends, so that time may run over by one.
+
+    Args:
+        task: gives the loss.
+        state: to start from, one item.
+        act: the policy, which some tasks' losses ask.
+        seconds: most wall time.
+        iterations: most iterations.
+
+    Raises:
+        ValueError: if neither limit is given.
+    """
+    if seconds == math.inf and iterations is None:
+        raise ValueError("expected a limit: seconds or iterations")
+    started = time.monotonic()
+    action = torch.zeros_like(state["displacement"])
+    best, best_loss, first, done = action.clone(), math.inf, math.inf, 0
+    with torch.enable_grad():
+        action.requires_grad_()
+        optimiser = torch.optim.Adam([action], lr=LEARNING_RATE)
+        while True:
+            loss = torch.stack(list(task.loss(state, action, act).values())).sum()
+            value = float(loss.detach())
+            first = value if done == 0 else first
+            if value < best_loss:
+                best, best_loss = action.detach().clone(), value
+            if time.monotonic() - started >= seconds or (iterations is not None and done >= iterations):
+                break
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            done += 1
+    with torch.no_grad():
+        refined = task.advance(state, best) if best.any() else state
+    return Refinement(refined, first, best_loss, done, time.monotonic() - started)
+
+
+class RefineDisplacementd(MapTransform):
+    """Refine a displacement field by the registration task's loss, as a transform of MONAI's ``Compose``.
+
+    Reads the pair, ``image`` (2, *spatial), fixed and moving scaled to [0, 1], and improves the fields (d, *spatial)
+    in voxels of the same grid that the keys name, in place. A field is never made worse by the loss.
+
+    Args:
+        keys: of the fields.
+        seconds: most wall time a field.
+        iterations: most iterations; None leaves it to the time.
+        task: whose loss to use, with ``field_stride`` 1; by default a :class:`RegistrationTask` with a term
+            against folds.
+        image_key: of the pair.
+        allow_missing_keys: whether data without one of the keys is passed on.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str] = ("pred",),
+        *,
+        seconds: float = 10.0,
+        iterations: int | None = None,
+        task: RegistrationTask | None = None,
+        image_key: str = "image",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.seconds = seconds
+        self.iterations = iterations
+        self.task = task
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the fields improved.
+
+        Raises:
+            ValueError: if a field is not on the images' grid, or the task works on another one.
+        """
+        out = dict(data)
+        image = convert_to_tensor(out[self.image_key], track_meta=False)[None].float()
+        task = self.task or RegistrationTask(image.ndim - 2, fold_weight=FOLD_WEIGHT)
+        start = task.to(image.device).reset(image)
+        for key in self.key_iterator(out):
+            field = convert_to_tensor(out[key], track_meta=False)[None].float()
+            if field.shape != start["displacement"].shape:
+                expected, found = tuple(start["displacement"].shape[1:]), tuple(field.shape[1:])
+                raise ValueError(f"{key}: expected a field on the task's grid of shape {expected}, got {found}")
+            with torch.no_grad():
+                state = task.advance(start, field)
+            refined = refine(task, state, _no_policy, seconds=self.seconds, iterations=self.iterations)
+            out[key] = refined.state["displacement"][0].to(convert_to_tensor(out[key], track_meta=False).dtype)
+        return out
+
+
+def _no_policy(observation: Tensor) -> Tensor:
+    raise ValueError("the loss asks a policy, and there is none here")

@@ -1,0 +1,259 @@
+"""Register two images: paths or images in; the moved image, the field and figures of trust out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+from tqdm import tqdm
+
+from monai_rl_reg.affine import align
+from monai_rl_reg.errors import find_input_error
+from monai_rl_reg.finishing import Correspondence
+from monai_rl_reg.folders import replacing_folder
+from monai_rl_reg.geometry import WorldTransform
+from monai_rl_reg.itk_bridge import read_transform, write_transform
+from monai_rl_reg.landmarks import Landmarks
+from monai_rl_reg.nifti import name_of, write_displacement, write_image
+from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.quality import dice_figures, field_figures, plain, versions, warnings_about
+from monai_rl_reg.request import Options, Pair
+from monai_rl_reg.stepping import deviation, take_steps
+from monai_rl_reg.working import WorkingPair
+
+logger = logging.getLogger(__name__)
+
+FILES = {
+    "moved.nii.gz",
+    "moved_label.nii.gz",
+    "displacement.nii.gz",
+    "inverse_displacement.nii.gz",
+    "uncertainty.nii.gz",
+    "transform.h5",
+    "transform.tfm",
+    "landmarks.csv",
+    "quality.json",
+    "report.html",
+}
+"""All files that :meth:`Registration.save` may write."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """The result of a registration. Displacements lead from the grid they lie on to the other image.
+
+    Attributes:
+        fixed: (1, *fixed grid), as given.
+        moving: (1, *moving grid), as given.
+        moved: (1, *fixed grid), the moving image resampled once, from the original; 0 outside it.
+        displacement: (d, *fixed grid), RAS millimetres, from fixed to moving space, the initial transform inside.
+        inverse_displacement: (d, *moving grid), RAS millimetres, from moving to fixed space.
+        moved_label: (1, *fixed grid), integers, if a moving label was given.
+        fixed_label: (1, *fixed grid), if given.
+        uncertainty: (1, *fixed grid), standard deviation of the displacement in millimetres, if asked for.
+        landmarks: where the given ones lie in the other image.
+        quality: the figures of ``quality.json``.
+        working: (2, *working grid), fixed and moving as the policy saw them at its start.
+        history: the policy's displacement (d, *working) in working voxels after 0, 1, ... steps; after the last step
+            comes the refined one, if asked for.
+        curve: for each of these, ``ncc``; where both labels are given, ``dice``; where the policy sees structures by
+            itself, ``seen_dice``.
+    """
+
+    fixed: MetaTensor
+    moving: MetaTensor
+    moved: MetaTensor
+    displacement: MetaTensor
+    working: MetaTensor
+    inverse_displacement: MetaTensor | None = None
+    moved_label: MetaTensor | None = None
+    fixed_label: MetaTensor | None = None
+    uncertainty: MetaTensor | None = None
+    landmarks: Landmarks | None = None
+    quality: dict[str, Any] = field(default_factory=dict)
+    history: list[Tensor] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self, folder: str | Path, *, tfm: bool = False, report: bool = False) -> None:
+        """Write all results into a folder; they appear together, in place of those of an earlier run.
+
+        Args:
+            folder: where to; what else lies there stays.
+            tfm: also write the transform as text, ``transform.tfm``.
+            report: also write ``report.html``.
+
+        Raises:
+            InputError: if the folder cannot be made or written to.
+        """
+        with replacing_folder(folder, FILES) as staging:
+            affine = self.fixed.affine
+            images = {"moved": self.moved, "moved_label": self.moved_label, "uncertainty": self.uncertainty}
+            for name, image in images.items():
+                if image is not None:
+                    write_image(staging / f"{name}.nii.gz", image.as_tensor(), affine)
+            write_displacement(staging / "displacement.nii.gz", self.displacement.as_tensor(), affine)
+            if (inverse := self.inverse_displacement) is not None:
+                write_displacement(staging / "inverse_displacement.nii.gz", inverse.as_tensor(), inverse.affine)
+            for suffix in (".h5", ".tfm") if tfm else (".h5",):
+                write_transform(staging / f"transform{suffix}", self.displacement.as_tensor(), affine)
+            if self.landmarks is not None:
+                self.landmarks.save(staging / "landmarks.csv")
+            if report:
+                from monai_rl_reg.report import write_report  # matplotlib only where it is needed
+
+                write_report(self, staging / "report.html")
+            text = json.dumps(plain(self.quality), indent=2, ensure_ascii=False)
+            (staging / "quality.json").write_text(text + "\n", encoding="utf-8")
+
+
+class Registrar:
+    """Registers pairs with one policy: the bundle is loaded once.
+
+    Args:
+        bundle: its folder; by default ``bundles/rl_reg`` of the repository.
+        ckpt: weights; by default the bundle's own.
+        device: where to compute, for example ``cpu`` or ``cuda:0``; by default the bundle's choice.
+    """
+
+    def __init__(
+        self,
+        *,
+        bundle: str | Path | None = None,
+        ckpt: str | Path | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.settings: dict[str, Any] = {"folder": bundle, "ckpt": ckpt, "device": device}
+        self._loaded: dict[int, PolicyBundle] = {}
+
+    def bundle(self, spatial_dims: int = 3) -> PolicyBundle:
+        """Return the bundle for 2D or 3D images, loaded at the first call.
+
+        Raises:
+            InputError: if the bundle or its weights cannot be used.
+        """
+        if spatial_dims not in self._loaded:
+            self._loaded[spatial_dims] = PolicyBundle(**self.settings, spatial_dims=spatial_dims)
+        return self._loaded[spatial_dims]
+
+    def register(self, pair: Pair, options: Options | None = None, *, progress: bool = False) -> Registration:
+        """Register a pair.
+
+        Args:
+            pair: read by :meth:`Pair.read`.
+            options: how.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: if the images, the initial transform, or the weights cannot be used.
+        """
+        options = options or Options()
+        started = time.monotonic()
+        bundle = self.bundle(pair.fixed.ndim - 1)
+        initial, kind = self._initial(pair, options)
+        try:
+            working = WorkingPair.make(bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label, initial)
+        except Exception as error:
+            raise find_input_error(error) or error from error
+        limit = bundle.steps if options.steps is None else options.steps
+        total = 2 * bundle.steps if limit == "auto" else int(limit)
+        with tqdm(total=total, desc="registering", unit="step", disable=not progress, leave=False) as bar:
+            steps = take_steps(bundle, working, limit, refine_seconds=options.refine, tick=bar.update)
+            bar.set_description("finishing")
+            way = Correspondence.on_fixed_grid(steps.history[-1], working.image.affine, initial, pair.fixed)
+            uncertainty = None
+            if options.uncertainty:
+                spread = deviation(bundle, working, initial, steps.taken, options.uncertainty)
+                uncertainty = way.spread(spread, working.image.affine)
+            moved_label = None if pair.moving_label is None else way.move(pair.moving_label, nearest=True)
+            moved = way.move(pair.moving)
+            inverse, mean_error, largest_error = way.inverse(pair.moving)
+        quality: dict[str, Any] = {"fixed": name_of(pair.fixed), "moving": name_of(pair.moving)}
+        for key in ("ncc", "seen_dice"):
+            if key in steps.curve[0]:
+                quality |= {f"{key}_before": steps.curve[0][key], f"{key}_after": steps.curve[-1][key]}
+        if moved_label is not None and pair.moving_label is not None and pair.fixed_label is not None:
+            unmoved = way.move(pair.moving_label, nearest=True, initial_only=True)
+            quality |= dice_figures(moved_label, unmoved, pair.fixed_label)
+        quality |= field_figures(way.displacement.displacement, way.displacement.affine)
+        quality |= {"inverse_error_mm": mean_error, "inverse_error_max_mm": largest_error}
+        quality |= {"steps": steps.taken, "stopped_by_itself": limit == "auto" and steps.taken < total}
+        quality |= {"initial": kind, "working_grid": working.description(), "refinement": steps.refinement}
+        quality |= {"uncertainty_rollouts": options.uncertainty, "bundle": bundle.version(), "ckpt": bundle.ckpt}
+        quality["warnings"] = warnings_about(quality)
+        for text in quality["warnings"]:
+            logger.warning("%s: %s", quality["moving"], text)
+        quality |= {"seconds": round(time.monotonic() - started, 3), "versions": versions()}
+        return Registration(
+            fixed=pair.fixed,
+            moving=pair.moving,
+            moved=moved,
+            displacement=MetaTensor(way.displacement.displacement, affine=pair.fixed.affine),
+            inverse_displacement=inverse,
+            moved_label=moved_label,
+            fixed_label=pair.fixed_label,
+            uncertainty=uncertainty,
+            landmarks=None if pair.landmarks is None else pair.landmarks.carried(way),
+            quality=quality,
+            working=working.image,
+            history=steps.history,
+            curve=steps.curve,
+        )
+
+    def _initial(self, pair: Pair, options: Options) -> tuple[WorldTransform, dict[str, Any]]:
+        if options.initial == "auto":
+            found = align(pair.fixed, pair.moving)
+            figures = {"correlation_before": found.correlation_before, "correlation_after": found.correlation_after}
+            return found.transform, {"kind": found.kind} | {key: round(v, 6) for key, v in figures.items()}
+        if options.initial in (None, "none"):
+            return torch.eye(4, dtype=torch.float64), {"kind": "none"}
+        return read_transform(Path(str(options.initial)), pair.fixed), {"kind": "file", "file": str(options.initial)}
+
+
+def register(
+    fixed: Any,
+    moving: Any,
+    *,
+    moving_label: Any = None,
+    fixed_label: Any = None,
+    landmarks: str | Path | None = None,
+    steps: int | str | None = None,
+    refine: float = 0.0,
+    uncertainty: int = 0,
+    initial: str | Path | None = "auto",
+    bundle: str | Path | None = None,
+    ckpt: str | Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Registration:
+    """Register a moving image to a fixed one; each may lie on a grid of its own, 2D or 3D.
+
+    For several pairs keep a :class:`Registrar`: it loads the weights once.
+
+    Args:
+        fixed: path, folder of a DICOM series, or image of nibabel, SimpleITK, ITK or MONAI (a MetaTensor).
+        moving: likewise.
+        moving_label: label map on the moving image's grid, to be moved.
+        fixed_label: label map on the fixed image's grid, to measure Dice with.
+        landmarks: CSV file of points to carry to the other image.
+        steps: number of steps; ``auto`` stops when the similarity gains no more; None takes the bundle's number.
+        refine: seconds of refinement at most.
+        uncertainty: rollouts of sampled plans; 0 for none.
+        initial: ``auto``, ``none``, or the path of an ITK transform.
+        bundle: folder of the bundle; by default ``bundles/rl_reg`` of the repository.
+        ckpt: weights; by default the bundle's own.
+        device: where to compute, for example ``cpu`` or ``cuda:0``.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: if anything is wrong with what was given, in one sentence.
+    """
+    options = Options(steps, refine, uncertainty, initial)
+    pair = Pair.read(fixed, moving, fixed_label=fixed_label, moving_label=moving_label, landmarks=landmarks)
+    return Registrar(bundle=bundle, ckpt=ckpt, device=device).register(pair, options, progress=progress)

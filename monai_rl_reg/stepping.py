@@ -1,0 +1,138 @@
+"""The policy's steps on one pair: taken, stopped when they gain no more, refined, repeated with sampled plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from monai.networks.blocks import Warp
+from torch import Tensor
+
+from monai_rl_reg.geometry import WorldTransform, voxels_to_millimetres
+from monai_rl_reg.metrics import local_ncc, mean_label_dice
+from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.refinement import refine
+from monai_rl_reg.tasks.task import State
+from monai_rl_reg.working import WorkingPair
+
+GAIN = 5e-3
+"""Similarity that a step must gain for another one to follow, when the steps stop by themselves."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the steps came to.
+
+    Attributes:
+        history: displacement (d, *working) in working voxels after 0, 1, ... steps, then after the refinement.
+        curve: ``ncc`` of each and, with labels, ``dice``; if the policy sees structures by itself, ``seen_dice``, by
+            what it saw in both images before the first step.
+        taken: number of steps.
+        refinement: its figures, if there was one.
+    """
+
+    history: list[Tensor]
+    curve: list[dict[str, float]]
+    taken: int
+    refinement: dict[str, Any] | None = None
+
+
+@torch.no_grad()
+def take_steps(
+    bundle: PolicyBundle,
+    working: WorkingPair,
+    limit: int | str,
+    *,
+    refine_seconds: float = 0.0,
+    tick: Callable[[], object] = lambda: None,
+) -> Steps:
+    """Let the policy take its steps, and refine their result.
+
+    Args:
+        bundle: policy and task.
+        working: the pair.
+        limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number, when a step gains less
+            than :data:`GAIN` in similarity, which is the Dice of structures that the policy sees, else local NCC; a
+            step that loses is taken back.
+        refine_seconds: most wall time of the refinement; 0 for none.
+        tick: called after each step.
+    """
+    image = working.image.as_tensor()[None]
+    labels = {"dice": None if working.label is None else working.label[None].to(bundle.device)}
+    labels["seen_dice"] = seen = bundle.see(image)
+    measure = "ncc" if seen is None else "seen_dice"
+    warp = Warp("nearest", "border")
+    history: list[Tensor] = []
+    curve: list[dict[str, float]] = []
+    state: State = {}
+
+    def note(now: State) -> None:
+        field = bundle.task.output(now)
+        history.append(field[0].cpu())
+        curve.append({"ncc": float(local_ncc(now["moved"], now["fixed"]))})
+        for key, label in labels.items():
+            if label is not None:
+                moved = warp(label[:, 1:].float(), field).round()
+                curve[-1][key] = float(mean_label_dice(moved, label[:, :1]).nan_to_num(0.0))
+
+    for now in bundle.trajectory(image, 2 * bundle.steps if limit == "auto" else int(limit)):
+        note(now)
+        if len(curve) == 1:
+            state = now
+            continue
+        tick()
+        gain = curve[-1][measure] - curve[-2][measure]
+        if limit == "auto" and gain < 0:
+            history.pop()
+            curve.pop()
+            break
+        state = now
+        if limit == "auto" and gain < GAIN:
+            break
+    taken, figures = len(history) - 1, None
+    if refine_seconds > 0:
+        if seen is not None:
+            state = state | {"fixed_label": seen[:, :1], "moving_label": seen[:, 1:]}
+        refined = refine(bundle.refinement_task(), state, bundle.network, seconds=refine_seconds)
+        note(refined.state)
+        figures = {"loss_before": refined.loss_before, "loss_after": refined.loss_after}
+        figures |= {"iterations": refined.iterations, "seconds": round(refined.seconds, 3)}
+    return Steps(history, curve, taken, figures)
+
+
+@torch.no_grad()
+def deviation(
+    bundle: PolicyBundle, working: WorkingPair, initial: WorldTransform, steps: int, rollouts: int, *, seed: int = 0
+) -> Tensor:
+    """Return how far the displacement varies between rollouts of sampled plans, (1, *working), in millimetres.
+
+    The square root of the summed variances of its components.
+
+    Args:
+        bundle: policy and task.
+        working: the pair.
+        initial: what the displacement is followed by; if linear it is allowed for.
+        steps: of each rollout.
+        rollouts: at least 2.
+        seed: of the plans; the caller's random state stays as it is.
+    """
+    affine = working.image.affine.double()
+    linear = initial @ affine if isinstance(initial, Tensor) else affine
+    mean: Tensor | None = None
+    squares = torch.zeros(working.image.shape[1:])
+    devices = [bundle.device] if bundle.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for count in range(1, rollouts + 1):
+            states = bundle.trajectory(working.image.as_tensor()[None], steps, sample=True)
+            *_, last = states
+            field = voxels_to_millimetres(bundle.task.output(last)[0].cpu(), linear)
+            if mean is None:
+                mean = field
+                continue
+            off = field - mean
+            mean = mean + off / count
+            squares += (off * (field - mean)).sum(0)
+    return (squares / (rollouts - 1)).sqrt()[None]

@@ -1,0 +1,153 @@
+"""Many pairs: a folder and a row each, failures in their rows, resuming, and processes that share the work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+import torch
+
+from monai_rl_reg.batch import read_jobs, register_pairs
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.phantoms import make_case
+from monai_rl_reg.registration import Registrar
+from monai_rl_reg.request import Options
+
+QUICK = Options(steps=1)
+
+
+@pytest.fixture(scope="module")
+def registrar() -> Registrar:
+    return Registrar(device="cpu")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Four pairs among three images with labels; the second one has a name, the third one an image that is broken."""
+    random = torch.Generator().manual_seed(0)
+    folder = tmp_path / "input"
+    folder.mkdir()
+    for i in range(3):
+        image, label, affine = make_case(random, size=18)
+        nib.save(nib.Nifti1Image(image[0].numpy(), affine.numpy()), folder / f"{i}.nii.gz")
+        nib.save(nib.Nifti1Image(label[0].numpy(), affine.numpy()), folder / f"{i}_label.nii.gz")
+    (folder / "broken.nii.gz").write_text("no image")
+    path = folder / "pairs.csv"
+    path.write_text(
+        "fixed, moving,fixed_label,moving_label,name\n"
+        "0.nii.gz,1.nii.gz,0_label.nii.gz,1_label.nii.gz,\n"
+        "1.nii.gz,2.nii.gz,1_label.nii.gz,2_label.nii.gz,second\n"
+        "0.nii.gz,broken.nii.gz,,,\n"
+        "2.nii.gz,0.nii.gz,,0_label.nii.gz,\n"
+    )
+    return path
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with open(out / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_and_a_row_a_pair(pairs: Path, registrar: Registrar, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = register_pairs(pairs, out, registrar, QUICK, progress=False)
+    assert sorted(path.name for path in out.iterdir()) == ["0000", "0003", "second", "summary.csv"]
+    assert [row["name"] for row in rows] == ["0000", "second", "0002", "0003"]
+    assert [row["status"] for row in rows] == ["done", "done", "failed", "done"]
+    written = table(out)
+    assert [row["status"] for row in written] == ["done", "done", "failed", "done"]
+    assert f"{pairs.parent / 'broken.nii.gz'}: expected an image file that can be read" in written[2]["reason"]
+    assert written[2]["ncc_after"] == ""
+    for row in (written[0], written[1]):
+        quality = json.loads((out / row["name"] / "quality.json").read_text(encoding="utf-8"))
+        assert float(row["dice_after"]) == pytest.approx(quality["dice_after"], rel=1e-5)
+        assert row["fixed"] == quality["fixed"]
+    assert written[3]["dice_after"] == ""
+    assert (out / "0003" / "moved_label.nii.gz").exists()
+
+
+def test_resume_skips_what_is_complete(pairs: Path, registrar: Registrar, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    before = register_pairs(pairs, out, registrar, QUICK, progress=False)
+    kept = out / "0000" / "quality.json"
+    stamp = kept.stat().st_mtime_ns
+    (out / "second" / "quality.json").unlink()  # as if it had never been finished
+    text = pairs.read_text(encoding="utf-8").replace("2.nii.gz,0.nii.gz,,0_label", "2.nii.gz,1.nii.gz,,1_label")
+    pairs.write_text(text)  # another pair of this name
+    after = register_pairs(pairs, out, registrar, QUICK, resume=True, progress=False)
+    assert kept.stat().st_mtime_ns == stamp
+    assert (out / "second" / "quality.json").exists()
+    assert json.loads((out / "0003" / "quality.json").read_text(encoding="utf-8"))["moving"].endswith("1.nii.gz")
+    assert after[0] == before[0]
+    assert [row["status"] for row in after] == ["done", "done", "failed", "done"]
+
+
+def test_a_defect_fails_its_pair_alone(
+    pairs: Path, registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Registrar.register
+
+    def register(self: Registrar, pair: object, options: Options) -> object:
+        if "1.nii.gz" in str(pair.moving.meta):
+            raise RuntimeError("out of\nmemory")
+        return real(self, pair, options)
+
+    monkeypatch.setattr(Registrar, "register", register)
+    rows = register_pairs(pairs, tmp_path / "out", registrar, QUICK, progress=False)
+    assert [row["status"] for row in rows] == ["failed", "done", "failed", "done"]
+    assert rows[0]["reason"] == "RuntimeError: out of memory"
+
+
+def test_a_bad_bundle_ends_it_all(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"checkpoint nothing.pt: expected a file"):
+        register_pairs(pairs, tmp_path / "out", Registrar(ckpt="nothing.pt"), QUICK, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a/b", "expected the name of a folder"), ("..", "expected the name of a folder"), ("second", "line 3")],
+)
+def test_bad_names(name: str, words: str, pairs: Path) -> None:
+    pairs.write_text(pairs.read_text(encoding="utf-8").replace("broken.nii.gz,,,", f"broken.nii.gz,,,{name}"))
+    with pytest.raises(InputError, match=words) as raised:
+        read_jobs(pairs)
+    assert f"{pairs}, line 4" in str(raised.value)
+
+
+def test_landmarks_are_a_column(pairs: Path) -> None:
+    pairs.write_text("fixed,moving,landmarks\n0.nii.gz,1.nii.gz,points.csv\n")
+    assert read_jobs(pairs)[0]["landmarks"] == str(pairs.parent / "points.csv")
+
+
+def arrays(out: Path) -> dict[str, bytes]:
+    """What every pair's displacement and label hold, to the bit."""
+    files = sorted([*out.glob("*/displacement.nii.gz"), *out.glob("*/moved*.nii.gz")])
+    return {str(file.relative_to(out)): nib.load(file).get_fdata().tobytes() for file in files}
+
+
+def test_two_processes_share_the_pairs_and_get_the_same(pairs: Path, tmp_path: Path) -> None:
+    command = ["-m", "monai_rl_reg", "register", "--pairs", str(pairs), "--steps", "1", "--device", "cpu"]
+    alone = subprocess.run(
+        [sys.executable, *command, "--output", str(tmp_path / "alone")],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+    assert alone.returncode == 1, alone.stderr  # one pair failed
+    assert "3 of 4 pairs registered" in alone.stdout
+    assert "failed: 0002: moving image" in alone.stderr
+    together = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "--output",
+         str(tmp_path / "together")], capture_output=True, encoding="utf-8", timeout=600,
+    )  # fmt: skip
+    assert together.returncode == 1
+    rows = [table(tmp_path / name) for name in ("alone", "together")]
+    for one, two in zip(*rows, strict=True):
+        assert one | {"seconds": ""} == two | {"seconds": ""}
+    assert len(arrays(tmp_path / "alone")) == 9
+    assert arrays(tmp_path / "alone") == arrays(tmp_path / "together")
