@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,6 +167,7 @@ def _register_pairs(args: argparse.Namespace) -> int:
         tfm=args.tfm,
         report=args.report,
     )
-    failed = [row["name"] for row in rows if row["status"] == "failed"]
-    print(f"{len(rows) - len(failed)} of {len(rows)} pairs registered; wrote {Path(args.output).resolve()}/summary.csv")
+    failed = sum(row["status"] == "failed" for row in rows)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(f"{len(rows) - failed} of {len(rows)} pairs registered; wrote {Path(args.output).resolve()}/summary.csv")
     return 1 if failed else 0

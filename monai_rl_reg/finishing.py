@@ -69,7 +69,7 @@ class Correspondence:
         return invert(self.steps, carry_back(self.initial, points))
 
     def move(self, volume: MetaTensor, *, nearest: bool = False, initial_only: bool = False) -> MetaTensor:
-        """Resample a volume of the moving image, (1, *moving grid), on the fixed image's grid, once; 0 outside it.
+        """Resample a volume of the moving image, (1, *moving), on the fixed image's grid, once; 0 outside it.
 
         Args:
             volume: image, linear, or label map, nearest neighbour, whose integers it keeps.
@@ -89,7 +89,7 @@ class Correspondence:
         return MetaTensor(moved, affine=affine)
 
     def inverse(self, moving: MetaTensor) -> tuple[MetaTensor, float, float]:
-        """Return the field back, (d, *moving grid) in RAS millimetres, and the mean and the largest error there.
+        """Return the field back, (d, *moving) in RAS millimetres, and the mean and the largest error there.
 
         The error is the distance in millimetres from where the field back and then the displacement lead to where they
         began, over the voxels that come from inside the fixed image; NaN where none does.

@@ -26,7 +26,7 @@ def flip(d: int) -> Tensor:
 
 
 def from_itk(image: Any) -> tuple[np.ndarray, Tensor]:
-    """Return the voxels (*spatial[, channels]) in array order and the RAS affine (4, 4) of a SimpleITK or ITK image."""
+    """Return the voxels (*spatial, channels) in array order and the RAS affine (4, 4) of a SimpleITK or ITK image."""
     array = sitk.GetArrayFromImage(image) if isinstance(image, sitk.Image) else np.array(image)
     d = len(image.GetSpacing()) if isinstance(image, sitk.Image) else int(image.GetImageDimension())
     array = array.transpose(*range(d - 1, -1, -1), *range(d, array.ndim))

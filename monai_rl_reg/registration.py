@@ -50,14 +50,14 @@ class Registration:
     """The result of a registration. Displacements lead from the grid they lie on to the other image.
 
     Attributes:
-        fixed: (1, *fixed grid), as given.
-        moving: (1, *moving grid), as given.
-        moved: (1, *fixed grid), the moving image resampled once, from the original; 0 outside it.
-        displacement: (d, *fixed grid), RAS millimetres, from fixed to moving space, the initial transform inside.
-        inverse_displacement: (d, *moving grid), RAS millimetres, from moving to fixed space.
-        moved_label: (1, *fixed grid), integers, if a moving label was given.
-        fixed_label: (1, *fixed grid), if given.
-        uncertainty: (1, *fixed grid), standard deviation of the displacement in millimetres, if asked for.
+        fixed: (1, *fixed), as given.
+        moving: (1, *moving), as given.
+        moved: (1, *fixed), the moving image resampled once, from the original; 0 outside it.
+        displacement: (d, *fixed), RAS millimetres, from fixed to moving space, the initial transform inside.
+        inverse_displacement: (d, *moving), RAS millimetres, from moving to fixed space.
+        moved_label: (1, *fixed), integers, if a moving label was given.
+        fixed_label: (1, *fixed), if given.
+        uncertainty: (1, *fixed), standard deviation of the displacement in millimetres, if asked for.
         landmarks: where the given ones lie in the other image.
         quality: the figures of ``quality.json``.
         working: (2, *working grid), fixed and moving as the policy saw them at its start.
