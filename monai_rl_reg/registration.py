@@ -50,19 +50,19 @@ class Registration:
     """The result of a registration. Displacements lead from the grid they lie on to the other image.
 
     Attributes:
-        fixed: (1, *fixed), as given.
-        moving: (1, *moving), as given.
-        moved: (1, *fixed), the moving image resampled once, from the original; 0 outside it.
-        displacement: (d, *fixed), RAS millimetres, from fixed to moving space, the initial transform inside.
-        inverse_displacement: (d, *moving), RAS millimetres, from moving to fixed space.
-        moved_label: (1, *fixed), integers, if a moving label was given.
-        fixed_label: (1, *fixed), if given.
-        uncertainty: (1, *fixed), standard deviation of the displacement in millimetres, if asked for.
+        fixed: ``(1, *fixed)``, as given.
+        moving: ``(1, *moving)``, as given.
+        moved: ``(1, *fixed)``, the moving image resampled once, from the original; 0 outside it.
+        displacement: ``(d, *fixed)``, RAS millimetres, from fixed to moving space, the initial transform inside.
+        inverse_displacement: ``(d, *moving)``, RAS millimetres, from moving to fixed space.
+        moved_label: ``(1, *fixed)``, integers, if a moving label was given.
+        fixed_label: ``(1, *fixed)``, if given.
+        uncertainty: ``(1, *fixed)``, standard deviation of the displacement in millimetres, if asked for.
         landmarks: where the given ones lie in the other image.
         quality: the figures of ``quality.json``.
-        working: (2, *working grid), fixed and moving as the policy saw them at its start.
-        history: the policy's displacement (d, *working) in working voxels after 0, 1, ... steps; after the last step
-            comes the refined one, if asked for.
+        working: ``(2, *working)``, fixed and moving as the policy saw them at its start.
+        history: the policy's displacement ``(d, *working)`` in working voxels after 0, 1, ... steps; after the last
+            step comes the refined one, if asked for.
         curve: for each of these, ``ncc``; where both labels are given, ``dice``; where the policy sees structures by
             itself, ``seen_dice``.
     """
