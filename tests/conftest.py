@@ -53,7 +53,7 @@ def bundle_command(run_id: str, *configs: str, **overrides: object) -> list[str]
 def run_bundle(run_id: str, *configs: str, **overrides: object) -> subprocess.CompletedProcess[str]:
     """Run a command of the bundle from the repository's root and return its exit status and output."""
     command = bundle_command(run_id, *configs, **overrides)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600)
 
 
 SMALL = {

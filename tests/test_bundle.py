@@ -242,7 +242,7 @@ def test_two_processes_end_with_equal_weights(cohort: Path, tmp_path: Path) -> N
     for key, value in settings.items():
         command += [f"--{key}", str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (torch.load(weights / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first.keys() == second.keys()

@@ -41,7 +41,7 @@ def run_bundle(run_id: str, *configs: str, **overrides: object) -> subprocess.Co
     command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", files]
     for key, value in overrides.items():
         command += [f"--{key}", str(value)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600)
 
 
 def bar(column: int, *, brightness: int = 200, size: int = 28) -> np.ndarray:

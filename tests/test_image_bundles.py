@@ -527,7 +527,7 @@ def test_bad_style_is_named(bundle: Bundle, features: dict[str, object], folders
 def test_the_command_line_shows_the_sentence_alone(bundle: Bundle, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", bundle.configs("train")[0]]
     command += ["--dataset_dir", str(tmp_path / "missing"), "--output_dir", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last == f"error: dataset {tmp_path / 'missing'}: expected a folder of pictures, found none"

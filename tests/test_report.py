@@ -391,7 +391,7 @@ def browse(path: Path, width: int, profile: Path) -> dict[str, Any]:
         f"--user-data-dir={profile / 'profile'}", "--allow-file-access-from-files", "--window-size=1400,1000",
         "--virtual-time-budget=6000", "--dump-dom",
     ]  # fmt: skip
-    run = subprocess.run([browser, *options, frame.as_uri()], capture_output=True, text=True, timeout=240)
+    run = subprocess.run([browser, *options, frame.as_uri()], capture_output=True, encoding="utf-8", timeout=240)
     found = re.search(r'<pre id="check">(.+?)</pre>', run.stdout, flags=re.DOTALL)
     assert found, f"the page's script did not come to its end:\n{run.stderr[-2000:]}"
     checked: dict[str, Any] = json.loads(unescape(found[1]))

@@ -98,7 +98,11 @@ def test_bundle_config_trains(tmp_path: Path) -> None:
     files = files.replace("bundles/rl_reg/configs", str(CONFIGS))
     arguments = ["run", "training", "--config_file", files, "--max_epochs", "1", "--epoch_length", "4"]
     result = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "monai.bundle", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "validation: dice 0." in result.stdout

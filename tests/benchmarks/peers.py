@@ -307,7 +307,7 @@ def main() -> None:
             print(f"{method}: not installed", file=sys.stderr)
             continue
         command = [sys.executable, __file__, *sys.argv[1:], "--child", method]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
         rows += json.loads(done.stdout.rpartition("ROWS")[2])
         print(table([row for row in rows if row["method"] == method]).splitlines()[-1], flush=True)
     with open(output / "peers.csv", "w", newline="") as file:
