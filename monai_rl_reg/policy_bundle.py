@@ -105,7 +105,8 @@ class PolicyBundle:
         if anatomy is None:
             return None
         images = image.to(self.device).split(1, dim=1)
-        return torch.cat([anatomy(x).argmax(1, keepdim=True).int() for x in images], dim=1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.inferer.half):
+            return torch.cat([anatomy(x).argmax(1, keepdim=True).int() for x in images], dim=1)
 
     def _training(self) -> list[Path]:
         seen = getattr(self.task, "anatomy", None) is not None

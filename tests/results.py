@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -15,29 +13,12 @@ from torch import Tensor
 from monai_rl_reg.geometry import identity_grid, sample, transform_points
 from monai_rl_reg.metrics import local_ncc, mean_label_dice
 from monai_rl_reg.phantoms import make_case
-
-
-@dataclass(frozen=True)
-class Result:
-    """Has what a report needs of a registration's result."""
-
-    fixed: MetaTensor
-    moving: MetaTensor
-    moved: MetaTensor
-    displacement: MetaTensor
-    working: MetaTensor
-    inverse_displacement: MetaTensor | None = None
-    moved_label: MetaTensor | None = None
-    fixed_label: MetaTensor | None = None
-    uncertainty: MetaTensor | None = None
-    quality: dict[str, Any] = field(default_factory=dict)
-    history: list[Tensor] = field(default_factory=list)
-    curve: list[dict[str, float]] = field(default_factory=list)
+from monai_rl_reg.registration import Registration
 
 
 def make_result(
     spatial_dims: int = 3, *, size: int = 22, steps: int = 3, amplitude: float = 2.0, labels: bool = True
-) -> tuple[Result, Tensor]:
+) -> tuple[Registration, Tensor]:
     """A registration that went well, of a phantom on an oblique anisotropic grid; and the moving label, on its grid.
 
     The moving image lies on a grid of its own with its axes in another order. It is the fixed image at y + v(y), v a
@@ -77,7 +58,7 @@ def make_result(
         at = transform_points(to_moving, world + torch.tensordot(world_affine[:d, :d], now.double(), dims=1)).float()
         dice = mean_label_dice(sample(unmoved_label, at, mode="nearest", outside="zeros")[None], label[None])
         curve.append({"ncc": float(local_ncc(moved, working[None, :1])), "dice": float(dice)})
-    result = Result(
+    result = Registration(
         fixed=MetaTensor(image, affine=affine),
         moving=MetaTensor(moving, affine=moving_affine),
         moved=MetaTensor(sample(moving, after, outside="zeros"), affine=affine),

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from monai.data import MetaTensor
-from results import Result, make_result
+from results import make_result
+
+from monai_rl_reg.registration import Registration
 
 pytest.importorskip("matplotlib")
 
@@ -79,12 +81,12 @@ def report(result: Any, folder: Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def result() -> Result:
+def result() -> Registration:
     return make_result(3)[0]
 
 
 @pytest.fixture(scope="module")
-def page_path(result: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page_path(result: Registration, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(result, path)  # type: ignore[arg-type]
     return path
@@ -120,7 +122,7 @@ def test_the_page_is_one_small_file_that_needs_no_other(page: Page, page_path: P
     assert not re.search(r"url\(|@import|fetch\(", page_path.read_text(encoding="utf-8").replace("url(#", ""))
 
 
-def test_figures_are_told_in_plain_words(page: Page, result: Result) -> None:
+def test_figures_are_told_in_plain_words(page: Page, result: Registration) -> None:
     quality = result.quality
     assert f"{quality['ncc_before']:.3f} → {quality['ncc_after']:.3f}" in page.text
     assert f"{quality['dice_before']:.3f} → {quality['dice_after']:.3f}" in page.text
@@ -132,7 +134,7 @@ def test_figures_are_told_in_plain_words(page: Page, result: Result) -> None:
     assert "No voxel is folded" in page.text
 
 
-def test_warnings_are_shown_and_nothing_in_them_is_markup(result: Result, tmp_path: Path) -> None:
+def test_warnings_are_shown_and_nothing_in_them_is_markup(result: Registration, tmp_path: Path) -> None:
     warnings = ["The similarity <b>fell</b> & fell", "$title is no placeholder"]
     labels = {str(i): i / 20 for i in range(1, 12)}
     odd = result.quality | {
@@ -149,7 +151,7 @@ def test_warnings_are_shown_and_nothing_in_them_is_markup(result: Result, tmp_pa
     assert "<i>key 1.5, none, yes" in re.sub(r"\s+", " ", page.text)
 
 
-def test_what_is_not_there_has_no_section(result: Result, tmp_path: Path) -> None:
+def test_what_is_not_there_has_no_section(result: Registration, tmp_path: Path) -> None:
     bare = replace(result, moved_label=None, fixed_label=None, uncertainty=None, inverse_displacement=None)
     bare = replace(bare, history=result.history[:1], curve=[{"ncc": 0.5}], quality={})
     page = report(bare, tmp_path)
@@ -172,7 +174,7 @@ def test_a_picture_of_two_dimensions_has_one_plane(tmp_path: Path) -> None:
     assert width / height == pytest.approx(float(size[0] / size[1]), rel=0.02)  # thick rows are shown thick
 
 
-def test_planes_lie_as_a_radiologist_reads_them(result: Result, tmp_path: Path) -> None:
+def test_planes_lie_as_a_radiologist_reads_them(result: Registration, tmp_path: Path) -> None:
     """A bright spot on the patient's right, in front and above is at the left and at the top of all three planes."""
     shape = (20, 24, 28)
     affine = torch.eye(4, dtype=torch.float64)
@@ -183,7 +185,7 @@ def test_planes_lie_as_a_radiologist_reads_them(result: Result, tmp_path: Path) 
     field = MetaTensor(torch.zeros(3, *shape), affine=affine)
     working = MetaTensor(torch.cat([image, image]), affine=affine)
     page = report(
-        Result(made, made, made, field, working, fixed_label=MetaTensor(image > 0.5, affine=affine)), tmp_path
+        Registration(made, made, made, field, working, fixed_label=MetaTensor(image > 0.5, affine=affine)), tmp_path
     )
     sizes = {"axial": (28, 20), "coronal": (28, 24), "sagittal": (20, 24)}
     for plane, (across, down) in sizes.items():
@@ -195,7 +197,7 @@ def test_planes_lie_as_a_radiologist_reads_them(result: Result, tmp_path: Path) 
         assert column == pytest.approx(expected[1] / across, abs=0.03)
 
 
-def test_before_and_after_show_what_they_say(page: Page, result: Result) -> None:
+def test_before_and_after_show_what_they_say(page: Page, result: Registration) -> None:
     """The difference is dark after a registration that is right, and was not before."""
     energy = {}
     for name in ("Before", "After"):
@@ -217,7 +219,7 @@ def test_labels_before_are_read_off_the_moved_ones() -> None:
         assert float(mean_label_dice(after[None], truth[None])) < 0.6
 
 
-def test_an_initial_alignment_is_shown(result: Result, tmp_path: Path) -> None:
+def test_an_initial_alignment_is_shown(result: Registration, tmp_path: Path) -> None:
     """Moved away in its file and brought back by the initial transform: black before, in place after it."""
     elsewhere = result.moving.affine.clone()
     away = torch.tensor([300.0, -10.0, 5.0], dtype=torch.float64)
@@ -240,7 +242,7 @@ def test_an_initial_alignment_is_shown(result: Result, tmp_path: Path) -> None:
         assert [name for name, _ in Pictures(still).before] == ["before"]  # type: ignore[arg-type]
 
 
-def test_a_refinement_after_the_steps_is_named(result: Result, tmp_path: Path) -> None:
+def test_a_refinement_after_the_steps_is_named(result: Registration, tmp_path: Path) -> None:
     page_path = tmp_path / "report.html"
     write_report(replace(result, quality=result.quality | {"steps": 2}), page_path)  # type: ignore[arg-type]
     captions = json.loads(unescape(re.findall(r'data-captions="([^"]*)"', page_path.read_text(encoding="utf-8"))[0]))
@@ -248,7 +250,7 @@ def test_a_refinement_after_the_steps_is_named(result: Result, tmp_path: Path) -
     assert starts == ["before the first step", "step 1 of 2", "step 2 of 2", "after the refinement"]
 
 
-def test_folded_voxels_are_counted_and_shown_where_they_are(result: Result, tmp_path: Path) -> None:
+def test_folded_voxels_are_counted_and_shown_where_they_are(result: Registration, tmp_path: Path) -> None:
     pictures = Pictures(result)  # type: ignore[arg-type]
     voxels = torch.zeros_like(pictures.displacement)
     corner = pictures.grid.shown([2, 2, 2])
@@ -272,7 +274,7 @@ def test_folded_voxels_are_counted_and_shown_where_they_are(result: Result, tmp_
     assert not any(red(image) for image in usual)
 
 
-def test_the_deformed_grid_is_where_the_voxels_come_from(result: Result) -> None:
+def test_the_deformed_grid_is_where_the_voxels_come_from(result: Registration) -> None:
     shift = torch.tensor([2.0, -1.0, 0.5])
     field = MetaTensor(
         torch.zeros_like(result.displacement.as_tensor()) + shift.reshape(3, 1, 1, 1), affine=torch.eye(4)
@@ -290,7 +292,7 @@ def test_the_deformed_grid_is_where_the_voxels_come_from(result: Result) -> None
             torch.testing.assert_close(moved[i], torch.full_like(moved[i], expected), atol=1e-4, rtol=0)
 
 
-def test_of_many_steps_some_are_shown_the_last_among_them(result: Result, tmp_path: Path) -> None:
+def test_of_many_steps_some_are_shown_the_last_among_them(result: Registration, tmp_path: Path) -> None:
     steps = 40
     history = [result.history[-1] * i / steps for i in range(steps + 1)]
     page = report(replace(result, history=history, curve=[{"ncc": i / steps} for i in range(steps + 1)]), tmp_path)
@@ -301,7 +303,7 @@ def test_of_many_steps_some_are_shown_the_last_among_them(result: Result, tmp_pa
 
 
 def test_the_page_replaces_another_as_a_whole_or_not_at_all(
-    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: Registration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.html"
     path.write_text("old")
