@@ -121,10 +121,10 @@ def test_inference_follows_its_model(model: str, cohort: Path, tmp_path: Path, r
 
 
 @pytest.mark.parametrize("size", [(24, 22), (24, 22, 20)])
-def test_augmentation_with_labels_bends_images_of_either_dimension(size: tuple[int, ...]) -> None:
-    parser = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "with_labels.json")))
+def test_augmentation_bends_images_of_either_dimension(size: tuple[int, ...]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "train.json")))
     parser["spatial_dims"] = len(size)
-    augment = parser.get_parsed_content("augment")
+    augment = parser.get_parsed_content("augmentation")
     augment.set_random_state(seed=0)
     image = MetaTensor(torch.rand(1, *size))
     label = (image.as_tensor() > 0.5).float()
