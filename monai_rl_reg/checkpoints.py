@@ -163,6 +163,20 @@ def load_policy(
     return network
 
 
+def load_anatomy(anatomy: torch.nn.Module, path: str | None) -> torch.nn.Module:
+    """Load the network that sees the labelled structures from a checkpoint, and keep it as it is in training.
+
+    Without a path it is left alone, to learn beside the policy.
+
+    Raises:
+        InputError: as :func:`load_policy` does.
+    """
+    if path is not None:
+        _fill(anatomy, _load(path, "cpu").get("anatomy", {}), path)
+        anatomy.requires_grad_(False)
+    return anatomy
+
+
 def structures_in(path: str) -> int:
     """Return how many labelled structures a checkpoint's policy was trained to see; 0 if it was trained without.
 

@@ -188,12 +188,12 @@ class RegistrationTask(Task):
         return terms
 
     def own_loss(self, state: State) -> dict[str, Tensor]:
-        """Return the loss of ``anatomy`` on both images.
+        """Return the loss of ``anatomy`` on both images, unless it is to stay as it is.
 
         Raises:
             InputError: if there are no labels to learn it from.
         """
-        if self.anatomy is None:
+        if self.anatomy is None or not any(p.requires_grad for p in self.anatomy.parameters()):
             return {}
         self._require_labels(state)
         images, labels = (
