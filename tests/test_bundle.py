@@ -100,6 +100,21 @@ def test_training_with_labels_resumes(trained_with_labels: Path, cohort: Path, t
     assert second["optimizer"]["param_groups"][-1]["params"]
 
 
+def test_anatomy_trained_first_stays_as_it_is_beside_the_policy(cohort: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "anatomy", tmp_path / "policy"
+    settings = SMALL | {"dataset_dir": cohort}
+    result = run_bundle("training", "train", "with_labels", "anatomy", output_dir=first, **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "dice" in result.stderr
+    seen = torch.load(first / "model.pt", weights_only=True)
+    assert set(seen) == {"anatomy"}
+    settings |= {"anatomy_ckpt": first / "model.pt", "output_dir": second}
+    result = run_bundle("training", "train", "with_labels", **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    trained = torch.load(second / "model.pt", weights_only=True)
+    assert all(torch.equal(value, trained["anatomy"][key]) for key, value in seen["anatomy"].items())
+
+
 def test_evaluating_a_model_that_sees_structures(cohort: Path, trained_with_labels: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.csv", cohort, ("phantom_000", "phantom_001"))
     settings = {"pairs": pairs, "ckpt": trained_with_labels / "model.pt", "output_dir": tmp_path / "out"}

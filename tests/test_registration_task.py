@@ -504,7 +504,7 @@ def test_no_fold_term_without_its_weight() -> None:
 
 def seeing_task(size: Sequence[int], **options: Any) -> RegistrationTask:
     """A task whose anatomy has three structures."""
-    anatomy = Anatomy(len(size), 3, channels=(4, 8))
+    anatomy = Anatomy(len(size), 3, channels=(4, 8)).eval()
     return RegistrationTask(len(size), anatomy=anatomy, **options)
 
 
