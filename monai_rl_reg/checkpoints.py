@@ -164,7 +164,8 @@ def load_policy(
 
 
 def load_anatomy(anatomy: torch.nn.Module, path: str | None) -> torch.nn.Module:
-    """Load the network that sees the labelled structures from a checkpoint, and keep it as it is in training.
+    """Load the network that sees the labelled structures, from a checkpoint or a file of its weights alone, and keep
+    it as it is in training.
 
     Without a path it is left alone, to learn beside the policy.
 
@@ -172,7 +173,8 @@ def load_anatomy(anatomy: torch.nn.Module, path: str | None) -> torch.nn.Module:
         InputError: as :func:`load_policy` does.
     """
     if path is not None:
-        _fill(anatomy, _load(path, "cpu").get("anatomy", {}), path)
+        checkpoint = _load(path, "cpu")
+        _fill(anatomy, checkpoint.get("anatomy", checkpoint) if isinstance(checkpoint, dict) else checkpoint, path)
         anatomy.requires_grad_(False)
     return anatomy
 

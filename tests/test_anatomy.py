@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_rl_reg.anatomy import Anatomy, single_images
+from monai_rl_reg.anatomy import Anatomy, fixed_images, single_images
 from monai_rl_reg.checkpoints import load_anatomy, load_policy, structures_in
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.networks import PlannerActor
@@ -149,6 +149,9 @@ def test_single_images_of_a_batch_of_pairs() -> None:
     assert images.shape == labels.shape == (6, 1, 9, 7)
     assert torch.equal(images[:3, 0], image[:, 0])
     assert torch.equal(labels[3:, 0], label[:, 1])
+    images, labels = fixed_images({"image": image, "label": label}, torch.device("cpu"))
+    assert torch.equal(images, image[:, :1])
+    assert torch.equal(labels, label[:, :1])
 
 
 def test_a_label_value_it_does_not_know_is_named() -> None:
