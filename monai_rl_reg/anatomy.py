@@ -109,6 +109,6 @@ def single_images(batch: Any, device: Any, non_blocking: bool = False, **kwargs:
 
 
 def fixed_images(batch: Any, device: Any, non_blocking: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """``prepare_batch`` of an evaluator, which wants one image an item: the fixed images and labels (B, 1, *spatial)."""
+    """``prepare_batch`` of an evaluator, which wants one image an item: fixed images and labels (B, 1, *spatial)."""
     image, label = default_prepare_batch(batch, device, non_blocking, **kwargs)[:2]
     return image[:, :1], label[:, :1]
