@@ -1,0 +1,146 @@
+"""Between MONAI Label's datastore and this package: its cases, label names and weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+
+from monai_rl_reg.atlases import Case, CommonSpace, label_names
+from monai_rl_reg.errors import InputError, find_input_error
+from monai_rl_reg.label_propagation import LabelPropagation
+from monai_rl_reg.label_training import LATEST, Weights
+from monai_rl_reg.nifti import read_image, read_label
+from monai_rl_reg.registration import Registrar
+
+logger = logging.getLogger(__name__)
+
+FINAL = DefaultLabelTag.FINAL.value
+DOUBT = "registration_disagreement"
+ATLASES = 3
+"""Atlases whose disagreement is asked for."""
+
+
+class Workspace:
+    """What all tasks of the app share.
+
+    Args:
+        store: MONAI Label's datastore.
+        conf: of the server: ``labels``, names of the labels; ``output``, folder for results and weights, by default
+            ``rl_reg`` in the folder of the studies; ``bundle`` and ``device``.
+    """
+
+    def __init__(self, store: Datastore, conf: dict[str, str]) -> None:
+        self.store = store
+        self.conf = conf
+        own = getattr(store, "_datastore_path", None)
+        if not conf.get("output") and own is None:
+            raise InputError("expected --conf output FOLDER: these studies have no folder of their own")
+        self.folder = Path(conf.get("output") or Path(own) / "rl_reg")
+        self.weights = Weights(self.folder / "weights")
+        self.space = CommonSpace(self.folder / "affines.json")
+        self._propagations: dict[str, LabelPropagation] = {}
+
+    def cases(self) -> list[Case]:
+        """Return all images, with their final label and its names where there is one."""
+        labelled = set(self.store.get_labeled_images())
+        cases = []
+        for name in sorted(self.store.list_images()):
+            label, values = None, None
+            if name in labelled:
+                label = self.store.get_label_uri(name, FINAL)
+                named = self.store.get_label_info(name, FINAL).get("label_info") or []
+                values = {str(entry["name"]): int(entry["idx"]) for entry in named if "name" in entry and "idx" in entry}
+            cases.append(Case(name, self.store.get_image_uri(name), label, values or None))
+        return cases
+
+    def names(self) -> dict[str, int]:
+        """Return label names and values: those of ``--conf labels``, else those of the saved labels."""
+        return label_names(self.cases(), self.conf.get("labels"))
+
+    def propagation(self, weights: str = LATEST) -> LabelPropagation:
+        """Return the propagation with these weights.
+
+        Raises:
+            InputError: if there are none of this name.
+        """
+        path = self.weights.path(weights)
+        version = "" if path is None else f"{path.parent.name} {path.stat().st_mtime_ns}"  # training writes anew
+        with self.space.turn:
+            if version not in self._propagations:
+                self._propagations = {key: made for key, made in self._propagations.items() if not key}
+                registrar = Registrar(bundle=self.conf.get("bundle"), ckpt=path, device=self.conf.get("device"))
+                self._propagations[version] = LabelPropagation(registrar, self.space)
+            return self._propagations[version]
+
+    def results(self, task: str, image: str, *further: str) -> Path:
+        """Return the folder for what a task finds for an image, given by its path."""
+        names = {Path(case.image): case.name for case in self.cases()}
+        return self.folder.joinpath("results", task, names.get(Path(image), "uploaded"), *further)
+
+    def doubts(self, images: Sequence[str], *, seconds: float = math.inf) -> dict[str, float]:
+        """Return how unsure the labels of images are, see :meth:`LabelPropagation.doubt`, and note it in the datastore.
+
+        What was noted before holds as long as the atlases, their labels and the weights are the same. Images that
+        cannot be used, and those that time does not suffice for, are left out.
+
+        Args:
+            images: ids.
+            seconds: to spend at most.
+        """
+        started, propagation, names = time.monotonic(), self.propagation(), self.names()
+        cases = {case.name: case for case in self.cases()}
+        weights = self.weights.path()
+        found: dict[str, float] = {}
+        fresh: dict[str, Any] = {}
+        for image in images if any(case.label for case in cases.values()) else ():
+            if time.monotonic() - started > seconds:
+                break
+            try:
+                chosen = propagation.choose(cases[image].image, list(cases.values()), ATLASES)
+                files = [str(weights), *(str(case.label) for case, _ in chosen)]
+                key = [[file, Path(file).stat().st_mtime if Path(file).exists() else 0] for file in files]
+                known = self.store.get_image_info(image).get(DOUBT, {})
+                if known.get("of") != key:
+                    value = propagation.doubt(cases[image].image, [case for case, _ in chosen], names, count=ATLASES)
+                    fresh[image] = known = {"value": round(value, 4), "of": key}
+                found[image] = float(known["value"])
+            except InputError as error:
+                logger.warning("%s of %s: %s", DOUBT, image, error)
+        self.note(DOUBT, fresh)
+        return found
+
+    def note(self, key: str, values: Mapping[str, Any]) -> None:
+        """Write values into the datastore's information on images."""
+        if values:
+            self.store.refresh()  # what another process has written meanwhile stays
+        for image, value in values.items():
+            self.store.update_image_info(image, {key: value})
+
+    def check_label(self, image_id: str, file: str) -> None:
+        """Refuse a label map that is not one of this image.
+
+        Raises:
+            InputError: saying why.
+        """
+        path = self.store.get_image_uri(image_id)
+        read_label(file, read_image(path, spatial_dims=None), path, spatial_dims=None)
+
+
+@contextmanager
+def http_errors() -> Iterator[None]:
+    """Turn an :class:`InputError` into an HTTP error, status 400, with its sentence."""
+    try:
+        yield
+    except Exception as error:
+        found = find_input_error(error)
+        if found is None:
+            raise
+        raise HTTPException(400, str(found)) from error
