@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.data import MetaTensor
+from torch import Tensor
 
 from monai_rl_reg.atlases import Case, CommonSpace
 from monai_rl_reg.errors import InputError
@@ -50,7 +51,7 @@ class Draft:
         """Return the figures as JSON can hold them; similarity and folds are those of the first atlas."""
         quality = self.registrations[0].quality
         kept = ("ncc_before", "ncc_after", "seen_dice_after", "folded_percent", "steps", "ckpt", "warnings")
-        figures = {"atlas": self.atlases[0], "atlases": self.atlases, "correlations": self.correlations}
+        figures: dict[str, Any] = {"atlas": self.atlases[0], "atlases": self.atlases, "correlations": self.correlations}
         figures |= {key: quality[key] for key in kept if key in quality}
         figures |= {"disagreement": self.disagreement, "seconds": round(self.seconds, 3)}
         return dict(plain(figures))
@@ -65,6 +66,27 @@ class Draft:
         files = {"moved": "moved.nii.gz", "displacement": "displacement.nii.gz", "quality": "quality.json"}
         files |= {"report": "report.html"} if report else {}
         return {key: str(Path(folder) / name) for key, name in files.items()}
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one atlas says about an image.
+
+    Attributes:
+        label: (1, *moving), on the atlas's own grid.
+        registration: of the atlas to the image.
+        weight: (1, *fixed), how alike they are around every voxel.
+    """
+
+    label: MetaTensor
+    registration: Registration
+    weight: Tensor
+
+
+def fuse_votes(votes: Sequence[Vote]) -> MetaTensor:
+    """Return the label with the most votes at every voxel, see :func:`~monai_rl_reg.fusion.fuse`."""
+    fields = [vote.registration.displacement for vote in votes]
+    return fuse([vote.label for vote in votes], fields, [vote.weight for vote in votes])
 
 
 class LabelPropagation:
@@ -131,30 +153,33 @@ class LabelPropagation:
         started = time.monotonic()
         with self.space.turn:
             chosen = self.choose(image, cases, count, atlas=atlas)
-            fixed = read_image(image, spatial_dims=None, what="image")
-            pairs, results, weights = [], [], []
-            for case, _ in chosen:
-                moving = read_image(case.image, spatial_dims=fixed.ndim - 1, what="atlas")
-                label = case.read_label(moving, names)
-                if not label.any():
-                    wanted = " or ".join(names) or "of any name"
-                    raise InputError(f"atlas {case.name}: expected the label {wanted} in {case.label}, found none")
-                pairs.append(Pair(fixed, moving, moving_label=label))
-                how = replace(options or Options(), inverse=False)
-                if how.initial == AUTO:
-                    how = replace(how, initial=self.space.between(image, case.image))
-                results.append(self.registrar.register(pairs[-1], how))
-                weights.append(local_similarity(results[-1].moved.as_tensor(), fixed.as_tensor()))
-        maps = [result.moved_label.as_tensor() for result in results if result.moved_label is not None]
-        labels = [pair.moving_label for pair in pairs if pair.moving_label is not None]
+            votes = [self.vote(image, case, names, options) for case, _ in chosen]
+        maps = [
+            vote.registration.moved_label.as_tensor() for vote in votes if vote.registration.moved_label is not None
+        ]
         return Draft(
-            label=fuse(labels, [result.displacement for result in results], weights),
+            label=fuse_votes(votes),
             atlases=[case.name for case, _ in chosen],
             correlations=[round(correlation, 4) for _, correlation in chosen],
-            registrations=results,
+            registrations=[vote.registration for vote in votes],
             disagreement=disagreement(maps) if len(maps) > 1 else None,
             seconds=time.monotonic() - started,
         )
+
+    def vote(self, image: str, case: Case, names: Mapping[str, int], options: Options | None = None) -> Vote:
+        """Register one labelled case to an image; arguments and errors are those of :meth:`draft`."""
+        fixed = read_image(image, spatial_dims=None, what="image")
+        moving = read_image(case.image, spatial_dims=fixed.ndim - 1, what="atlas")
+        label = case.read_label(moving, names)
+        if not label.any():
+            wanted = " or ".join(names) or "of any name"
+            raise InputError(f"atlas {case.name}: expected the label {wanted} in {case.label}, found none")
+        how = replace(options or Options(), inverse=False)
+        with self.space.turn:
+            if how.initial == AUTO:
+                how = replace(how, initial=self.space.between(image, case.image))
+            result = self.registrar.register(Pair(fixed, moving, moving_label=label), how)
+        return Vote(label, result, local_similarity(result.moved.as_tensor(), fixed.as_tensor()))
 
     def doubt(self, image: str, cases: Sequence[Case], names: Mapping[str, int], *, count: int = 3) -> float:
         """Return how unsure the label of an image is, to be compared between images.

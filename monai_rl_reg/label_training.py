@@ -31,12 +31,14 @@ MOST_VALIDATION = 10
 """Pairs to validate with, at most."""
 QUIET = ("TrainingProgress", "TensorBoardStatsHandler", "RegistrationPictures")
 """Handlers of the bundle that show progress elsewhere."""
+FINE_TUNING = 0.1
+"""Share of the bundle's learning rate for weights that are trained already."""
 MOST_EPOCHS = 1_000_000
 """The minutes end a training."""
 
 
 class Weights:
-    """The weights that trainings left, each in a folder of its own, named by its time; the shipped ones stay as they are.
+    """The weights that trainings left, each in a folder named by its time; the shipped ones stay as they are.
 
     Args:
         folder: of all trainings.
@@ -97,7 +99,7 @@ def split_cases(cases: Sequence[Case], folder: Path, names: Mapping[str, int]) -
         raise InputError(f"training: expected at least two images, found {len(cases)}")
     labelled = [case for case in cases if case.label]
     if len(labelled) < LEAST_LABELLED:
-        every = itertools.permutations([case.image for case in cases[: MOST_VALIDATION]], 2)
+        every = itertools.permutations([case.image for case in cases[:MOST_VALIDATION]], 2)
         pairs = [{"fixed": fixed, "moving": moving} for fixed, moving in every]
         step = max(1, len(pairs) // MOST_VALIDATION)
         return {"training": [{"image": case.image} for case in cases], "validation": pairs[::step][:MOST_VALIDATION]}
@@ -143,7 +145,8 @@ def train(
         tell: gets a line an epoch.
 
     Raises:
-        InputError: if there are fewer than two images, or one cannot be used.
+        InputError: if there are fewer than two images, one cannot be used, or the weights to go on from would lose
+            what they learnt from labels.
     """
     if not minutes > 0:
         raise InputError(f"minutes: expected a number above 0, found {minutes}")
@@ -152,7 +155,7 @@ def train(
     splits = split_cases(cases, folder, names)
     labelled = "fixed_label" in splits["validation"][0]
     values: dict[str, Any] = {"bundle_root": str(root), "output_dir": str(folder), "splits": splits}
-    values |= {"minutes": minutes, "max_epochs": MOST_EPOCHS, "epoch_length": 4, "val_interval": 1, "amp": "@half"}
+    values |= {"minutes": minutes, "max_epochs": MOST_EPOCHS, "epoch_length": 2, "val_interval": 1, "amp": "@half"}
     values |= {"train::dataset::progress": False, "validate::dataset::progress": False}
     if labelled:
         values["labels"] = list(names.values())
@@ -160,8 +163,17 @@ def train(
         values["device"] = f"$torch.device({device!r})"
     parser = ConfigParser()
     parser.read_config([root / "configs" / name for name in ("train.json", WITH_LABELS)[: 1 + labelled]])
-    parser.update(values)
     config: Any = parser.config
+    count = sum(case.label is not None for case in cases)
+    if not labelled and start != SCRATCH and structures_in(str(weights.path(start) or root / "models" / "model.pt")):
+        raise InputError(
+            f"training: expected at least {LEAST_LABELLED} labelled cases, found {count}: the weights to go on from "
+            f"see labelled structures, and would lose them (start from {SCRATCH} to learn from images alone)"
+        )
+    began = _first_weights(weights, start, root, structures=len(names) if labelled else 0)
+    if began is not None:
+        values["learning_rate"] = FINE_TUNING * config["learning_rate"]
+    parser.update(values)
     for handler in [*config["train"]["handlers"], *config["validate"]["handlers"]]:
         if isinstance(handler, dict) and handler["_target_"].rpartition(".")[2] in QUIET:
             handler["_disabled_"] = True
@@ -169,12 +181,11 @@ def train(
         prepare_output(str(folder))
         trainer, evaluator = (parser.get_parsed_content(i) for i in ("train::trainer", "validate::evaluator"))
         network, anatomy = (parser.get_parsed_content(i) for i in ("network", "anatomy"))
-        began = _compatible(weights.path(start) if start != SCRATCH else None, root, anatomy, start)
         if began is not None:
             load_policy(network, str(began), anatomy=anatomy, map_location=parser.get_parsed_content("device"))
         parser.get_parsed_content("validate::early_stop").set_trainer(trainer)
         figures = _Figures(folder / "stats.json", parser.get_parsed_content("training_time"), evaluator, tell)
-        figures.stats |= {"images": len(cases), "labelled": sum(case.label is not None for case in cases)}
+        figures.stats |= {"images": len(cases), "labelled": count}
         figures.stats |= {"learnt_from_labels": labelled, "start": str(began or SCRATCH)}
         figures.attach(trainer)
         evaluator.run()
@@ -223,13 +234,12 @@ class _Figures:
         self.tell(f"{100 * min(1.0, share):.0f} %, epoch {epoch}: {shown}")
 
 
-def _compatible(own: Path | None, root: Path, anatomy: Any, start: str) -> Path | None:
-    """Return the first weights that see as many structures as are labelled: those asked for, else the shipped ones."""
+def _first_weights(weights: Weights, start: str, root: Path, structures: int) -> Path | None:
+    """Return the first weights that see so many structures: those asked for, the shipped ones; None if none does."""
     if start == SCRATCH:
         return None
-    structures = 0 if anatomy is None else int(anatomy.structures)
     shipped = [root / "models" / name for name in ("model.pt", "model_without_labels.pt")]
-    for path in [own, *shipped]:
+    for path in [weights.path(start), *shipped]:
         if path is not None and path.is_file() and structures_in(str(path)) == structures:
             return path
     return None

@@ -125,6 +125,18 @@ def test_labels_of_some_cases_only_are_not_used(cohort: Path, caplog: pytest.Log
     assert "label" not in pairs[0]
 
 
+def test_images_without_a_label_say_so_where_that_is_allowed(cohort: Path) -> None:
+    cases = [dict(case) for case in read_cases(cohort)[:3]]
+    del cases[1]["label"]
+    pairs = dataset(cases, allow_unlabelled=True, image_size="auto")
+    assert pairs.num_classes == 5
+    for i in range(len(pairs)):
+        fixed, moving = pairs[i]["label"].as_tensor()
+        for label, file in ((fixed, pairs[i]["fixed_file"]), (moving, pairs[i]["moving_file"])):
+            assert (label.min() < 0) == (file == cases[1]["image"])
+    assert not dataset([{"image": case["image"]} for case in cases], allow_unlabelled=True).labelled
+
+
 class Recorded:
     """An augmentation that brightens by what it has counted, and remembers what it was given."""
 

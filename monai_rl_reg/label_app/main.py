@@ -54,18 +54,22 @@ class RegistrationApp(MONAILabelApp):  # type: ignore[misc]
         return store
 
     def init_infers(self) -> dict[str, Any]:
+        """Return the tasks that clients list as models, and `registration` for scripts."""
         return {
             "label_propagation": LabelPropagationTask(self.workspace),
             "registration": RegistrationTask(self.workspace),
         }
 
     def init_trainers(self) -> dict[str, Any]:
+        """Return the training."""
         return {"rl_reg": TrainingTask(self.workspace)}
 
     def init_strategies(self) -> dict[str, Any]:
+        """Return the ways to choose the next image to label."""
         return {"registration_disagreement": DisagreementStrategy(self.workspace), "random": Random()}
 
     def init_scoring_methods(self) -> dict[str, Any]:
+        """Return the figures that are noted with the images."""
         return {
             "registration_disagreement": DisagreementScoring(self.workspace),
             "dice": DraftDice(self.workspace),

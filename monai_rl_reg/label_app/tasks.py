@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
 from monai.data import MetaTensor
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
@@ -41,9 +39,11 @@ class _Task(InferTask):  # type: ignore[misc]
         self.workspace = workspace
 
     def is_valid(self) -> bool:
+        """Return that it can be used: there is always a policy."""
         return True
 
     def options(self, request: dict[str, Any]) -> Options:
+        """Return how to register."""
         steps, refine = _number(request, "steps", 0), _number(request, "refine", 0.0)
         return Options(int(steps) or None, refine)
 
@@ -64,10 +64,12 @@ class LabelPropagationTask(_Task):
         super().__init__(workspace, InferType.SEGMENTATION, what)
 
     def info(self) -> dict[str, Any]:
+        """Return what clients show, with the labels that there are now."""
         self.labels = self.workspace.names()
         return dict(super().info())
 
     def config(self) -> dict[str, Any]:
+        """Return the options that clients offer."""
         labelled = [case.name for case in self.workspace.cases() if case.label]
         return {
             "atlas": [AUTO, *labelled],
@@ -80,6 +82,7 @@ class LabelPropagationTask(_Task):
         }
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the file with the label, and the figures."""
         names, label = self.workspace.names(), _choice(request, "label", ALL)
         if label != ALL:
             if label not in names:
@@ -106,9 +109,11 @@ class RegistrationTask(_Task):
         super().__init__(workspace, InferType.OTHERS, what)
 
     def config(self) -> dict[str, Any]:
+        """Return the options that clients offer."""
         return {"moving": "", "steps": 0, "refine": 0.0, "weights": self.workspace.weights.names(), "report": False}
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the file with the moved image, and the figures."""
         name = request.get("moving")
         moving = {case.name: case for case in self.workspace.cases()}.get(str(name))
         if moving is None:
@@ -120,7 +125,7 @@ class RegistrationTask(_Task):
         folder = self.workspace.results("registration", request["image"], moving.name)
         report = bool(request.get("report", False))
         result.save(folder, report=report)
-        files = {file.name.split(".")[0]: str(file) for file in sorted(folder.iterdir()) if file.name != "transform.tfm"}
+        files = {file.name.split(".")[0]: str(file) for file in sorted(folder.iterdir())}
         return self.write(result.moved, request, plain(result.quality) | {"files": files})
 
 
@@ -132,17 +137,23 @@ class TrainingTask(TrainTask):  # type: ignore[misc]
         self.workspace = workspace
 
     def config(self) -> dict[str, Any]:
+        """Return the options that clients offer."""
         return {"minutes": 10.0, "start": [*self.workspace.weights.names(), SCRATCH]}
 
     def stats(self) -> dict[str, Any]:
+        """Return the figures of the newest training."""
         return self.workspace.weights.stats()
 
     def check(self) -> None:
+        """Refuse a datastore that nothing can be learnt from."""
         count = len(self.workspace.store.list_images())
         if count < 2:
             raise InputError(f"training: expected at least two images in the datastore, found {count}")
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Train, and return the figures."""
+        for name in ("ignite", "monai.data.nvimgcodec_pydicom_plugin"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # clients show the last twenty lines: let them be figures
         return train(
             self.workspace.cases(),
             self.workspace.names(),
@@ -163,6 +174,7 @@ class DisagreementStrategy(Strategy):  # type: ignore[misc]
         self.workspace = workspace
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+        """Return the id of the next image; None where all are labelled."""
         unlabelled = [case.name for case in self.workspace.cases() if not case.label]
         if not unlabelled:
             return None
@@ -187,6 +199,7 @@ class DisagreementScoring(ScoringMethod):  # type: ignore[misc]
         self.workspace = workspace
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, float]:
+        """Return the figure of each image."""
         return self.workspace.doubts([case.name for case in self.workspace.cases() if not case.label])
 
 
@@ -198,6 +211,7 @@ class DraftDice(ScoringMethod):  # type: ignore[misc]
         self.workspace = workspace
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, float]:
+        """Return the figure of each image that has both labels."""
         names, found = self.workspace.names(), {}
         for case in self.workspace.cases():
             draft = datastore.get_label_uri(case.name, ORIGINAL)

@@ -40,10 +40,10 @@ class Workspace:
     def __init__(self, store: Datastore, conf: dict[str, str]) -> None:
         self.store = store
         self.conf = conf
-        own = getattr(store, "_datastore_path", None)
+        own = getattr(store, "_datastore_path", None)  # of local folders, and of the cache of DICOMweb studies
         if not conf.get("output") and own is None:
             raise InputError("expected --conf output FOLDER: these studies have no folder of their own")
-        self.folder = Path(conf.get("output") or Path(own) / "rl_reg")
+        self.folder = Path(conf["output"]) if conf.get("output") else Path(str(own)) / "rl_reg"
         self.weights = Weights(self.folder / "weights")
         self.space = CommonSpace(self.folder / "affines.json")
         self._propagations: dict[str, LabelPropagation] = {}
@@ -57,7 +57,7 @@ class Workspace:
             if name in labelled:
                 label = self.store.get_label_uri(name, FINAL)
                 named = self.store.get_label_info(name, FINAL).get("label_info") or []
-                values = {str(entry["name"]): int(entry["idx"]) for entry in named if "name" in entry and "idx" in entry}
+                values = {str(entry["name"]): int(entry["idx"]) for entry in named if {"name", "idx"} <= entry.keys()}
             cases.append(Case(name, self.store.get_image_uri(name), label, values or None))
         return cases
 
