@@ -320,14 +320,12 @@ def test_more_labels_a_choice_and_a_score(server: Server, studies: Studies, tmp_
     )
     assert len(params["atlases"]) == 3
     assert 0 < params["disagreement"] < 1
-    assert studies.dice(others[-1], file) > (max(0.8, alone - 0.02) if studies.real else 0.3)
-    chosen = server.client("next_sample", strategy="registration_disagreement", params={"seconds": 600})
+    assert studies.dice(others[-1], file) > (max(0.75, alone - 0.03) if studies.real else 0.3)
+    chosen = server.client("next_sample", strategy="registration_disagreement", params={"seconds": PATIENCE})
     assert chosen["id"] in others[3:]
     assert chosen["weight"] > 0
     noted = {name: server.get(f"/datastore/image/info?image={name}") for name in others[3:]}
     doubts = {name: info["registration_disagreement"]["value"] for name, info in noted.items()}
-    held = next(name for name, info in noted.items() if "strategy" in info and name != chosen["id"])
-    del doubts[held]  # handed out when nothing was labelled
     assert doubts[chosen["id"]] == max(doubts.values())
     assert server.client("next_sample", strategy="random", params={})["id"] in others[3:]
 

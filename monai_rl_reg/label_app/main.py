@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.tasks.activelearning.random import Random
 
 from monai_rl_reg import __version__
@@ -20,7 +21,7 @@ from monai_rl_reg.label_app.tasks import (
     RegistrationTask,
     TrainingTask,
 )
-from monai_rl_reg.label_app.workspace import Workspace, http_errors
+from monai_rl_reg.label_app.workspace import FINAL, Workspace, http_errors
 from monai_rl_reg.nifti import read_image
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,10 @@ class RegistrationApp(MONAILabelApp):  # type: ignore[misc]
             "dice": DraftDice(self.workspace),
         }
 
+    def init_batch_infer(self) -> Any:
+        """Return MONAI Label's batch inference, which goes on after an image that cannot be used."""
+        return BatchPropagation()
+
     def infer(self, request: dict[str, Any], datastore: Any = None) -> Any:
         """Run an infer task; what the request gets wrong becomes an HTTP error of one sentence."""
         model, image = request.get("model"), request.get("image")
@@ -99,10 +104,27 @@ class RegistrationApp(MONAILabelApp):  # type: ignore[misc]
     def _check_image(self, image_id: str, file: str, *_: Any) -> None:
         read_image(file, spatial_dims=None, what=f"image {image_id},")
 
-    def _check_label(self, image_id: str, file: str, *_: Any) -> None:
+    def _check_label(self, image_id: str, file: str, tag: str, *_: Any) -> None:
         if image_id not in self.datastore().list_images():
             raise HTTPException(404, f"image {image_id}: expected the id of an image in the datastore, found none")
-        self.workspace.check_label(image_id, file)
+        if tag == FINAL:  # a draft may be empty
+            self.workspace.check_label(image_id, file)
+
+
+class BatchPropagation(BatchInferTask):  # type: ignore[misc]
+    """Infers all images; one that cannot be used is logged and left out."""
+
+    def __call__(self, request: dict[str, Any], datastore: Any, infer: Callable[..., Any]) -> dict[str, Any]:
+        """Return the answer for each image, empty for those left out."""
+
+        def guarded(one: dict[str, Any], store: Any) -> Any:
+            try:
+                return infer(one, store)
+            except HTTPException as error:
+                logger.warning("%s: %s", one.get("image"), error.detail)
+                return {}
+
+        return dict(super().__call__(request, datastore, guarded))
 
 
 def _checked(save: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
