@@ -155,7 +155,7 @@ def train(
     splits = split_cases(cases, folder, names)
     labelled = "fixed_label" in splits["validation"][0]
     values: dict[str, Any] = {"bundle_root": str(root), "output_dir": str(folder), "splits": splits}
-    values |= {"minutes": minutes, "max_epochs": MOST_EPOCHS, "epoch_length": 2, "val_interval": 1, "amp": "@half"}
+    values |= {"minutes": minutes, "max_epochs": MOST_EPOCHS, "epoch_length": 4, "val_interval": 1, "amp": "@half"}
     values |= {"train::dataset::progress": False, "validate::dataset::progress": False}
     if labelled:
         values["labels"] = list(names.values())

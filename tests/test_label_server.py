@@ -286,8 +286,8 @@ def test_two_images_are_registered_for_a_script(server: Server, studies: Studies
     status, quality = server.infer("registration", third, moving=second)
     assert status == 200
     assert {"moved", "displacement", "inverse_displacement", "transform", "quality"} <= quality["files"].keys()
-    refused(server.infer("registration", third), 400, "moving None: expected the id of an image")
-    refused(server.infer("registration", third, moving="nobody"), 400, "moving nobody")
+    refused(server.infer("registration", third), 400, "image `moving`: expected the id of an image")
+    refused(server.infer("registration", third, moving="nobody"), 400, "image nobody")
 
 
 def test_bad_uploads(server: Server, studies: Studies, tmp_path: Path) -> None:

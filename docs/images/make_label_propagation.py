@@ -26,7 +26,6 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--atlases", type=int, default=3)
-    parser.add_argument("--refine", type=float, default=0.0)
     parser.add_argument("--ckpt")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -85,8 +85,10 @@ class RegistrationApp(MONAILabelApp):  # type: ignore[misc]
         model, image = request.get("model"), request.get("image")
         if model not in self._infers:
             raise HTTPException(404, f"model {model}: expected one of {', '.join(self._infers)}")
-        if isinstance(image, str) and not os.path.exists(image) and image not in self.datastore().list_images():
-            raise HTTPException(404, f"image {image}: expected the id of an image in the datastore, found none")
+        if isinstance(image, str) and not os.path.exists(image):
+            if image not in self.datastore().list_images():
+                raise HTTPException(404, f"image {image}: expected the id of an image in the datastore, found none")
+            request = request | {"image_id": image}
         with http_errors():
             return super().infer(request, datastore)
 

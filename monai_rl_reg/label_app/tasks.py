@@ -70,7 +70,7 @@ class LabelPropagationTask(_Task):
 
     def config(self) -> dict[str, Any]:
         """Return the options that clients offer."""
-        labelled = [case.name for case in self.workspace.cases() if case.label]
+        labelled = sorted(self.workspace.store.get_labeled_images())
         return {
             "atlas": [AUTO, *labelled],
             "atlases": 3,
@@ -90,14 +90,13 @@ class LabelPropagationTask(_Task):
             names = {label: names[label]}
         draft = self.workspace.propagation(_choice(request, "weights", LATEST)).draft(
             request["image"],
-            self.workspace.cases(),
+            self.workspace.labelled(),
             names,
             atlas=_choice(request, "atlas", AUTO),
             count=int(_number(request, "atlases", 3)),
             options=self.options(request),
         )
-        folder = self.workspace.results("label_propagation", request["image"])
-        files = draft.save(folder, report=bool(request.get("report", False)))
+        files = draft.save(self.workspace.results(request), report=bool(request.get("report", False)))
         return self.write(draft.label, request, draft.figures() | {"label_names": names, "files": files})
 
 
@@ -114,15 +113,12 @@ class RegistrationTask(_Task):
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the file with the moved image, and the figures."""
-        name = request.get("moving")
-        moving = {case.name: case for case in self.workspace.cases()}.get(str(name))
-        if moving is None:
-            raise InputError(f"moving {name}: expected the id of an image in the datastore, found none")
+        moving = self.workspace.case(str(request.get("moving") or "`moving`"))
         pair = Pair.read(request["image"], moving.image, moving_label=moving.label)
         propagation = self.workspace.propagation(_choice(request, "weights", LATEST))
         with propagation.space.turn:
             result = propagation.registrar.register(pair, self.options(request))
-        folder = self.workspace.results("registration", request["image"], moving.name)
+        folder = self.workspace.results(request, moving.name)
         report = bool(request.get("report", False))
         result.save(folder, report=report)
         files = {file.name.split(".")[0]: str(file) for file in sorted(folder.iterdir())}
@@ -155,7 +151,7 @@ class TrainingTask(TrainTask):  # type: ignore[misc]
         for name in ("ignite", "monai.data.nvimgcodec_pydicom_plugin"):
             logging.getLogger(name).setLevel(logging.ERROR)  # clients show the last twenty lines: let them be figures
         return train(
-            self.workspace.cases(),
+            [self.workspace.case(name) for name in sorted(datastore.list_images())],
             self.workspace.names(),
             self.workspace.weights,
             minutes=_number(request, "minutes", 10.0),
@@ -175,7 +171,7 @@ class DisagreementStrategy(Strategy):  # type: ignore[misc]
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
         """Return the id of the next image; None where all are labelled."""
-        unlabelled = [case.name for case in self.workspace.cases() if not case.label]
+        unlabelled = self.workspace.unlabelled()
         if not unlabelled:
             return None
         handed_out = {name: self._handed_out(datastore, name) for name in unlabelled}
@@ -200,7 +196,7 @@ class DisagreementScoring(ScoringMethod):  # type: ignore[misc]
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, float]:
         """Return the figure of each image."""
-        return self.workspace.doubts([case.name for case in self.workspace.cases() if not case.label])
+        return self.workspace.doubts(self.workspace.unlabelled())
 
 
 class DraftDice(ScoringMethod):  # type: ignore[misc]
@@ -213,9 +209,9 @@ class DraftDice(ScoringMethod):  # type: ignore[misc]
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, float]:
         """Return the figure of each image that has both labels."""
         names, found = self.workspace.names(), {}
-        for case in self.workspace.cases():
+        for case in self.workspace.labelled():
             draft = datastore.get_label_uri(case.name, ORIGINAL)
-            if not (case.label and draft):
+            if not draft:
                 continue
             try:
                 final = case.read_label(read_image(case.image, spatial_dims=None), names)

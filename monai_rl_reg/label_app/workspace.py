@@ -48,22 +48,33 @@ class Workspace:
         self.space = CommonSpace(self.folder / "affines.json")
         self._propagations: dict[str, LabelPropagation] = {}
 
-    def cases(self) -> list[Case]:
-        """Return all images, with their final label and its names where there is one."""
-        labelled = set(self.store.get_labeled_images())
-        cases = []
-        for name in sorted(self.store.list_images()):
-            label, values = None, None
-            if name in labelled:
-                label = self.store.get_label_uri(name, FINAL)
-                named = self.store.get_label_info(name, FINAL).get("label_info") or []
-                values = {str(entry["name"]): int(entry["idx"]) for entry in named if {"name", "idx"} <= entry.keys()}
-            cases.append(Case(name, self.store.get_image_uri(name), label, values or None))
-        return cases
+    def case(self, name: str) -> Case:
+        """Return an image, with its final label and the label's names where there is one.
+
+        From a DICOMweb store this downloads the image, so it is asked only for those that are needed.
+
+        Raises:
+            InputError: if there is none of this id.
+        """
+        if name not in self.store.list_images():
+            raise InputError(f"image {name}: expected the id of an image in the datastore, found none")
+        label, values = self.store.get_label_uri(name, FINAL) or None, None
+        if label is not None:
+            named = self.store.get_label_info(name, FINAL).get("label_info") or []
+            values = {str(entry["name"]): int(entry["idx"]) for entry in named if {"name", "idx"} <= entry.keys()}
+        return Case(name, self.store.get_image_uri(name), label, values or None)
+
+    def labelled(self) -> list[Case]:
+        """Return the cases that have a final label."""
+        return [self.case(name) for name in sorted(self.store.get_labeled_images())]
+
+    def unlabelled(self) -> list[str]:
+        """Return the ids of the images that have none."""
+        return sorted(self.store.get_unlabeled_images())
 
     def names(self) -> dict[str, int]:
         """Return label names and values: those of ``--conf labels``, else those of the saved labels."""
-        return label_names(self.cases(), self.conf.get("labels"))
+        return label_names(self.labelled(), self.conf.get("labels"))
 
     def propagation(self, weights: str = LATEST) -> LabelPropagation:
         """Return the propagation with these weights.
@@ -80,10 +91,9 @@ class Workspace:
                 self._propagations[version] = LabelPropagation(registrar, self.space)
             return self._propagations[version]
 
-    def results(self, task: str, image: str, *further: str) -> Path:
-        """Return the folder for what a task finds for an image, given by its path."""
-        names = {Path(case.image): case.name for case in self.cases()}
-        return self.folder.joinpath("results", task, names.get(Path(image), "uploaded"), *further)
+    def results(self, request: dict[str, Any], *further: str) -> Path:
+        """Return the folder for what a task finds for the image of a request."""
+        return self.folder.joinpath("results", request["model"], request.get("image_id", "uploaded"), *further)
 
     def doubts(self, images: Sequence[str], *, seconds: float = math.inf) -> dict[str, float]:
         """Return how unsure the labels of images are, see :meth:`LabelPropagation.doubt`, and note it in the datastore.
@@ -96,20 +106,21 @@ class Workspace:
             seconds: to spend at most.
         """
         started, propagation, names = time.monotonic(), self.propagation(), self.names()
-        cases = {case.name: case for case in self.cases()}
+        labelled = self.labelled()
         weights = self.weights.path()
         found: dict[str, float] = {}
         fresh: dict[str, Any] = {}
-        for image in images if any(case.label for case in cases.values()) else ():
+        for image in images if labelled else ():
             if time.monotonic() - started > seconds:
                 break
             try:
-                chosen = propagation.choose(cases[image].image, list(cases.values()), ATLASES)
+                path = self.case(image).image
+                chosen = propagation.choose(path, labelled, ATLASES)
                 files = [str(weights), *(str(case.label) for case, _ in chosen)]
                 key = [[file, Path(file).stat().st_mtime if Path(file).exists() else 0] for file in files]
                 known = self.store.get_image_info(image).get(DOUBT, {})
                 if known.get("of") != key:
-                    value = propagation.doubt(cases[image].image, [case for case, _ in chosen], names, count=ATLASES)
+                    value = propagation.doubt(path, [case for case, _ in chosen], names, count=ATLASES)
                     fresh[image] = known = {"value": round(value, 4), "of": key}
                 found[image] = float(known["value"])
             except InputError as error:
