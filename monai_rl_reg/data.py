@@ -208,7 +208,8 @@ class PairDataset(Dataset[Any]):
         self.augment = augment
         self.cases = CacheDataset(cases, case_transform, num_workers=1, progress=progress and len(cases) > 8)
         count = sum("label" in case for case in cases)
-        self.labelled = count == len(cases) or (allow_unlabelled and count > 0)
+        self.mixed = allow_unlabelled and 0 < count < len(cases)
+        self.labelled = count == len(cases) or self.mixed
         if not self.labelled and count > 0 and len(cases) > 2:
             logger.warning("labels are not compared: %d of %d cases have one, expected all or none", count, len(cases))
         self.labels: list[int] = []
@@ -238,7 +239,7 @@ class PairDataset(Dataset[Any]):
                 case = self._augmented(case)
             item[role] = case["image"]
             item[f"{role}_file"] = case["image_file"]
-            if "label" in case:
+            if "label" in case and not self.mixed:  # the items of a batch have the same keys
                 item[f"{role}_label_file"] = case["label_file"]
             if self.labelled:
                 known = "label" in case

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import list_data_collate
 from monai.transforms import Compose, RandAffined
 
 from monai_rl_reg.data import PairDataset, evaluation_pairs, one_pair, read_cases, read_pairs, split_data
@@ -134,6 +135,8 @@ def test_images_without_a_label_say_so_where_that_is_allowed(cohort: Path) -> No
         fixed, moving = pairs[i]["label"].as_tensor()
         for label, file in ((fixed, pairs[i]["fixed_file"]), (moving, pairs[i]["moving_file"])):
             assert (label.min() < 0) == (file == cases[1]["image"])
+    batch = list_data_collate([pairs[i] for i in range(len(pairs))])
+    assert batch["label"].shape == batch["image"].shape
     assert not dataset([{"image": case["image"]} for case in cases], allow_unlabelled=True).labelled
 
 
