@@ -34,7 +34,7 @@ class Workspace:
     Args:
         store: MONAI Label's datastore.
         conf: of the server: ``labels``, names of the labels; ``output``, folder for results and weights, by default
-            ``rl_reg`` in the folder of the studies; ``bundle`` and ``device``.
+            beside the studies, with ``_rl_reg`` behind their name; ``bundle`` and ``device``.
     """
 
     def __init__(self, store: Datastore, conf: dict[str, str]) -> None:
@@ -43,7 +43,8 @@ class Workspace:
         own = getattr(store, "_datastore_path", None)  # of local folders, and of the cache of DICOMweb studies
         if not conf.get("output") and own is None:
             raise InputError("expected --conf output FOLDER: these studies have no folder of their own")
-        self.folder = Path(conf["output"]) if conf.get("output") else Path(str(own)) / "rl_reg"
+        beside = Path(f"{str(own).rstrip('/')}_rl_reg")  # folders that come and go inside stop the datastore's watcher
+        self.folder = Path(conf.get("output") or beside)
         self.weights = Weights(self.folder / "weights")
         self.space = CommonSpace(self.folder / "affines.json")
         self._propagations: dict[str, LabelPropagation] = {}
