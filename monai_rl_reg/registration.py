@@ -173,7 +173,7 @@ class Registrar:
                 uncertainty = way.spread(spread, working.image.affine)
             moved_label = None if pair.moving_label is None else way.move(pair.moving_label, nearest=True)
             moved = way.move(pair.moving)
-            inverse, mean_error, largest_error = way.inverse(pair.moving)
+            inverse, *errors = way.inverse(pair.moving) if options.inverse else (None,)
         quality: dict[str, Any] = {"fixed": name_of(pair.fixed), "moving": name_of(pair.moving)}
         for key in ("ncc", "seen_dice"):
             if key in steps.curve[0]:
@@ -182,7 +182,7 @@ class Registrar:
             unmoved = way.move(pair.moving_label, nearest=True, initial_only=True)
             quality |= dice_figures(moved_label, unmoved, pair.fixed_label)
         quality |= field_figures(way.displacement.displacement, way.displacement.affine)
-        quality |= {"inverse_error_mm": mean_error, "inverse_error_max_mm": largest_error}
+        quality |= dict(zip(("inverse_error_mm", "inverse_error_max_mm"), errors, strict=False))
         quality |= {"steps": steps.taken, "stopped_by_itself": limit == "auto" and steps.taken < total}
         quality |= {"initial": kind, "working_grid": working.description(), "refinement": steps.refinement}
         quality |= {"uncertainty_rollouts": options.uncertainty, "bundle": bundle.version(), "ckpt": bundle.ckpt}
@@ -207,6 +207,8 @@ class Registrar:
         )
 
     def _initial(self, pair: Pair, options: Options) -> tuple[WorldTransform, dict[str, Any]]:
+        if isinstance(options.initial, Tensor):
+            return options.initial.double(), {"kind": "given"}
         if options.initial == "auto":
             found = align(pair.fixed, pair.moving)
             figures = {"correlation_before": found.correlation_before, "correlation_after": found.correlation_after}
