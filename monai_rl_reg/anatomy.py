@@ -110,5 +110,5 @@ def single_images(batch: Any, device: Any, non_blocking: bool = False, **kwargs:
 
 def fixed_images(batch: Any, device: Any, non_blocking: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """``prepare_batch`` of an evaluator, which wants one image an item: fixed images and labels (B, 1, *spatial)."""
-    image, label = default_prepare_batch(batch, device, non_blocking, **kwargs)[:2]
-    return image[:, :1], label[:, :1]
+    pair: Any = default_prepare_batch(batch, device, non_blocking, **kwargs)
+    return pair[0][:, :1], pair[1][:, :1]

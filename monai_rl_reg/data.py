@@ -233,7 +233,7 @@ class PairDataset(Dataset[Any]):
         else:
             i, j = divmod(index, len(self.cases) - 1)
             j += j >= i
-        item = {} if self.image_size is None else {"spatial_size": self.image_size}
+        item: dict[str, Any] = {} if self.image_size is None else {"spatial_size": self.image_size}
         for role, case in (("fixed", self.cases[i]), ("moving", self.cases[j])):
             if self.augment is not None:
                 case = self._augmented(case)
