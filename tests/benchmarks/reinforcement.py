@@ -51,7 +51,7 @@ def train(folder: Path, reinforcement: str, seed: int, options: argparse.Namespa
             "output_dir": str(folder),
             "minutes": str(options.minutes),
             "max_epochs": "1000",
-            "val_interval": "1000",
+            "val_interval": "4",
             "reinforcement": reinforcement,
             "seed": str(seed),
             "amp": "true",
