@@ -31,8 +31,9 @@ COLUMNS = [
     "reason",
     "fixed",
     "moving",
-    "ncc_before",
-    "ncc_after",
+    "similarity",
+    "similarity_before",
+    "similarity_after",
     "dice_before",
     "dice_after",
     "folded_percent",
@@ -185,6 +186,7 @@ def _check_writable(path: Path) -> None:
 def _row(job: dict[str, str], status: str, quality: dict[str, Any]) -> dict[str, Any]:
     row = {column: quality.get(column) for column in COLUMNS}
     row |= {"name": job["name"], "status": status, "fixed": job["fixed"], "moving": job["moving"]}
+    row |= {f"similarity_{when}": quality.get(f"{quality.get('similarity')}_{when}") for when in ("before", "after")}
     row["warnings"] = "; ".join(quality.get("warnings", []))
     return row
 

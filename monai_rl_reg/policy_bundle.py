@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.bundle import ConfigParser
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.refinement import FOLD_WEIGHT
+from monai_rl_reg.similarity import Similarity
 from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import State, Task
 
@@ -77,6 +78,11 @@ class PolicyBundle:
         """The number of steps that the configuration takes."""
         return self.inferer.steps
 
+    @property
+    def similarity(self) -> Similarity:
+        """The similarity of the images that the configuration names."""
+        return cast(RegistrationTask, self.task).similarity
+
     def keep_spacing(self) -> Callable[[Any], Any]:
         """Return the case transform without its change of the voxel size: for images brought to one beforehand."""
         parser = self._parser(pixdim=None)
@@ -92,6 +98,7 @@ class PolicyBundle:
         configs = [path for path in self._training() if path.is_file()] or [self.folder / CONFIG]
         task: Any = self._parser(*configs, anatomy=None).get_parsed_content("task").to(self.device).eval()
         task.fold_weight = max(task.fold_weight, FOLD_WEIGHT)
+        task.similarity = self.similarity
         checked: RegistrationTask = task
         return checked
 

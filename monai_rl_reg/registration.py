@@ -63,8 +63,8 @@ class Registration:
         working: ``(2, *working)``, fixed and moving as the policy saw them at its start.
         history: the policy's displacement ``(d, *working)`` in working voxels after 0, 1, ... steps; after the last
             step comes the refined one, if asked for.
-        curve: for each of these, ``ncc``; where both labels are given, ``dice``; where the policy sees structures by
-            itself, ``seen_dice``.
+        curve: for each of these, the similarity under its name; where both labels are given, ``dice``; where the
+            policy sees structures by itself, ``seen_dice``.
     """
 
     fixed: MetaTensor
@@ -175,7 +175,9 @@ class Registrar:
             moved = way.move(pair.moving)
             inverse, mean_error, largest_error = way.inverse(pair.moving)
         quality: dict[str, Any] = {"fixed": name_of(pair.fixed), "moving": name_of(pair.moving)}
-        for key in ("ncc", "seen_dice"):
+        name = bundle.similarity.name
+        quality["similarity"] = name
+        for key in (name, "seen_dice"):
             if key in steps.curve[0]:
                 quality |= {f"{key}_before": steps.curve[0][key], f"{key}_after": steps.curve[-1][key]}
         if moved_label is not None and pair.moving_label is not None and pair.fixed_label is not None:

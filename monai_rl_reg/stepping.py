@@ -11,14 +11,14 @@ from monai.networks.blocks import Warp
 from torch import Tensor
 
 from monai_rl_reg.geometry import WorldTransform, voxels_to_millimetres
-from monai_rl_reg.metrics import local_ncc, mean_label_dice
+from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.refinement import refine
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.working import WorkingPair
 
 GAIN = 5e-3
-"""Similarity that a step must gain for another one to follow, when the steps stop by themselves."""
+"""Dice of seen structures that a step must gain for another one to follow, when the steps stop by themselves."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Steps:
 
     Attributes:
         history: displacement (d, *working) in working voxels after 0, 1, ... steps, then after the refinement.
-        curve: ``ncc`` of each and, with labels, ``dice``; if the policy sees structures by itself, ``seen_dice``, by
-            what it saw in both images before the first step.
+        curve: the similarity of each under its name and, with labels, ``dice``; if the policy sees structures by
+            itself, ``seen_dice``, by what it saw in both images before the first step.
         taken: number of steps.
         refinement: its figures, if there was one.
     """
@@ -54,15 +54,16 @@ def take_steps(
         bundle: policy and task.
         working: the pair.
         limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number, when a step gains less
-            than :data:`GAIN` in similarity, which is the Dice of structures that the policy sees, else local NCC; a
-            step that loses is taken back.
+            than :data:`GAIN` in Dice of the structures that the policy sees or, if it sees none, less than the
+            similarity's own threshold; a step that loses is taken back.
         refine_seconds: most wall time of the refinement; 0 for none.
         tick: called after each step.
     """
     image = working.image.as_tensor()[None]
     labels = {"dice": None if working.label is None else working.label[None].to(bundle.device)}
     labels["seen_dice"] = seen = bundle.see(image)
-    measure = "ncc" if seen is None else "seen_dice"
+    similarity = bundle.similarity
+    measure, least = (similarity.name, similarity.gain) if seen is None else ("seen_dice", GAIN)
     warp = Warp("nearest", "border")
     history: list[Tensor] = []
     curve: list[dict[str, float]] = []
@@ -71,7 +72,7 @@ def take_steps(
     def note(now: State) -> None:
         field = bundle.task.output(now)
         history.append(field[0].cpu())
-        curve.append({"ncc": float(local_ncc(now["moved"], now["fixed"]))})
+        curve.append({similarity.name: float(similarity(now["moved"], now["fixed"]))})
         for key, label in labels.items():
             if label is not None:
                 moved = warp(label[:, 1:].float(), field).round()
@@ -89,7 +90,7 @@ def take_steps(
             curve.pop()
             break
         state = now
-        if limit == "auto" and gain < GAIN:
+        if limit == "auto" and gain < least:
             break
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:

@@ -73,6 +73,7 @@ def make_result(
         quality={
             "fixed": f"/folder/{'a_long_name' * 9}.nii.gz",
             "moving": "moving.nii.gz",
+            "similarity": "ncc",
             "ncc_before": curve[0]["ncc"],
             "ncc_after": curve[-1]["ncc"],
             "dice_before": curve[0]["dice"],

@@ -62,7 +62,7 @@ def test_a_folder_and_a_row_a_pair(pairs: Path, registrar: Registrar, tmp_path: 
     written = table(out)
     assert [row["status"] for row in written] == ["done", "done", "failed", "done"]
     assert f"{pairs.parent / 'broken.nii.gz'}: expected an image file that can be read" in written[2]["reason"]
-    assert written[2]["ncc_after"] == ""
+    assert written[2]["similarity_after"] == ""
     for row in (written[0], written[1]):
         quality = json.loads((out / row["name"] / "quality.json").read_text(encoding="utf-8"))
         assert float(row["dice_after"]) == pytest.approx(quality["dice_after"], rel=1e-5)

@@ -500,7 +500,7 @@ def test_the_shipped_weights_say_where_they_are_of_no_use(files: dict[str, str])
 
 
 def test_what_is_wrong_is_said() -> None:
-    good = {"ncc_before": 0.5, "ncc_after": 0.7, "folded_percent": 0.2}
+    good = {"similarity": "ncc", "ncc_before": 0.5, "ncc_after": 0.7, "folded_percent": 0.2}
     assert warnings_about(good) == []
     assert "similarity of the images fell" in warnings_about(good | {"ncc_after": 0.4})[0]
     assert warnings_about(good | {"ncc_after": 0.4, "seen_dice_after": 0.93}) == []
