@@ -25,6 +25,43 @@ WITH_LABELS = "with_labels.json"
 """Laid over ``train.json`` to train a policy that sees structures."""
 
 
+def file_stamp(path: str | Path) -> dict[str, Any]:
+    """Return a file's or folder's full path, its size, and when it was last changed; the path alone if it is none."""
+    path = Path(path).resolve()
+    if not path.exists():
+        return {"path": str(path)}
+    status = path.stat()
+    return {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
+
+
+def policy_files(folder: str | Path | None, ckpt: str | Path | None) -> dict[str, Any]:
+    """Return :func:`file_stamp` of the ``config`` and the ``ckpt`` of a bundle, without loading it.
+
+    Arguments as those of :class:`PolicyBundle`.
+
+    Raises:
+        InputError: if the bundle's configuration cannot be read.
+    """
+    folder = Path(folder) if folder is not None else DEFAULT_BUNDLE
+    if ckpt is None:
+        parser = _read(folder, folder / CONFIG)
+        parser.update({"bundle_root": str(folder)})
+        ckpt = str(parser.get_parsed_content("ckpt"))
+    return {"config": file_stamp(folder / CONFIG), "ckpt": file_stamp(ckpt)}
+
+
+def _read(folder: Path, *configs: Path) -> ConfigParser:
+    if not (folder / CONFIG).is_file():
+        hint = "" if folder != DEFAULT_BUNDLE else "; name one with --bundle"
+        raise InputError(f"bundle {folder}: expected a folder with {CONFIG} in it, found none{hint}")
+    parser = ConfigParser()
+    try:
+        parser.read_config(list(configs))
+    except ValueError as error:
+        raise InputError(f"bundle {folder}: expected configurations in JSON, found {error}") from error
+    return parser
+
+
 class PolicyBundle:
     """The parts of a registration bundle's ``inference.json``, with the weights loaded.
 
@@ -49,9 +86,6 @@ class PolicyBundle:
         spatial_dims: int = 3,
     ) -> None:
         self.folder = Path(folder) if folder is not None else DEFAULT_BUNDLE
-        if not (self.folder / CONFIG).is_file():
-            hint = "" if folder is not None else "; name one with --bundle"
-            raise InputError(f"bundle {self.folder}: expected a folder with {CONFIG} in it, found none{hint}")
         self.settings: dict[str, Any] = {"bundle_root": str(self.folder), "spatial_dims": spatial_dims}
         if ckpt is not None:
             self.settings["ckpt"] = str(ckpt)
@@ -82,6 +116,11 @@ class PolicyBundle:
     def similarity(self) -> Similarity:
         """The similarity of the images that the configuration names."""
         return cast(RegistrationTask, self.task).similarity
+
+    @property
+    def sees(self) -> bool:
+        """Whether the policy sees structures by itself: it was trained with labels."""
+        return getattr(self.task, "anatomy", None) is not None
 
     def keep_spacing(self) -> Callable[[Any], Any]:
         """Return the case transform without its change of the voxel size: for images brought to one beforehand."""
@@ -116,8 +155,8 @@ class PolicyBundle:
             return torch.cat([anatomy(x).argmax(1, keepdim=True).int() for x in images], dim=1)
 
     def _training(self) -> list[Path]:
-        seen = getattr(self.task, "anatomy", None) is not None
-        return [self.folder / "configs" / name for name in (["train.json", WITH_LABELS] if seen else ["train.json"])]
+        names = ["train.json", WITH_LABELS] if self.sees else ["train.json"]
+        return [self.folder / "configs" / name for name in names]
 
     def trajectory(self, image: Tensor, steps: int, *, sample: bool = False) -> Iterator[State]:
         """Yield the first state and that after every step, of images (1, 2, *spatial), fixed and moving."""
@@ -132,11 +171,7 @@ class PolicyBundle:
         return f"{metadata.get('name', self.folder.name)} {metadata.get('version', '')}".strip()
 
     def _parser(self, *configs: Path, **overrides: Any) -> ConfigParser:
-        parser = ConfigParser()
-        try:
-            parser.read_config(list(configs) or self.folder / CONFIG)
-        except ValueError as error:
-            raise InputError(f"bundle {self.folder}: expected configurations in JSON, found {error}") from error
+        parser = _read(self.folder, *(configs or [self.folder / CONFIG]))
         config: Any = parser.config
         known = {key: value for key, value in (self.settings | overrides).items() if key in config}
         parser.update(known)

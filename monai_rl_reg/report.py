@@ -235,7 +235,8 @@ def _figures(quality: Mapping[str, Any]) -> str:
         value = _value(quality, keys, form)
         if value is not None:
             rows.append((name, value, escape(meaning)))
-    known = {key for keys, *_ in _told(quality) for key in keys} | {"warnings", "fixed", "moving", "similarity"}
+    known = {key for keys, *_ in _told(quality) for key in keys}
+    known |= {"warnings", "fixed", "moving", "similarity", "made_of"}
     for key, value in quality.items():
         if key not in known:
             words = escape(_plain_words(value))

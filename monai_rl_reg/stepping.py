@@ -7,18 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.networks.blocks import Warp
 from torch import Tensor
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import WorldTransform, voxels_to_millimetres
 from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.quality import LEAST_SEEN
 from monai_rl_reg.refinement import refine
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.working import WorkingPair
 
 GAIN = 5e-3
 """Dice of seen structures that a step must gain for another one to follow, when the steps stop by themselves."""
+
+
+TRIAL_STEPS = 2
+TRIAL_GAIN = 0.02
+"""Dice of seen structures by which an alignment must be ahead after these steps to be of use."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,33 @@ def take_steps(
         figures = {"loss_before": refined.loss_before, "loss_after": refined.loss_after}
         figures |= {"iterations": refined.iterations, "seconds": round(refined.seconds, 3)}
     return Steps(history, curve, taken, figures)
+
+
+def alignment_helps(bundle: PolicyBundle, fixed: MetaTensor, moving: MetaTensor, alignment: Tensor) -> bool:
+    """Return whether the policy itself gets on better from an initial alignment than from the images as they lie.
+
+    Resampling by an affine blurs the moving image and cuts it off, so that the policy sees less in it. Where it gets
+    there by its own steps, an alignment costs accuracy, however much it raises the correlation. A policy that sees no
+    structures cannot tell, and takes it.
+
+    Args:
+        bundle: policy and task.
+        fixed: (1, *spatial).
+        moving: (1, *spatial).
+        alignment: (4, 4), from fixed to moving space, RAS millimetres.
+    """
+    if not bundle.sees:
+        return True
+
+    def seen_after(initial: Tensor) -> float:
+        working = WorkingPair.make(bundle, fixed, moving, None, None, initial)
+        return take_steps(bundle, working, TRIAL_STEPS).curve[-1]["seen_dice"]
+
+    try:
+        alone = seen_after(torch.eye(4, dtype=torch.float64))
+    except InputError:  # no overlap
+        return True
+    return alone < LEAST_SEEN or seen_after(alignment) > alone + TRIAL_GAIN
 
 
 @torch.no_grad()

@@ -213,7 +213,13 @@ LANDMARKS = 11 * torch.rand(3, 4, 2, 2, generator=torch.Generator().manual_seed(
 METRICS = [
     (FoldedPercentMetric, {}, FIELDS, IMAGES, folded_percent(FIELDS)),
     (LogJacobianStdMetric, {}, FIELDS, IMAGES, log_jacobian_std(FIELDS)),
-    (SimilarityMetric, {"similarity": LocalNCC(2, window=5)}, IMAGES.flip(2), IMAGES, local_ncc(IMAGES.flip(2), IMAGES, 5)),
+    (
+        SimilarityMetric,
+        {"similarity": LocalNCC(2, window=5)},
+        IMAGES.flip(2),
+        IMAGES,
+        local_ncc(IMAGES.flip(2), IMAGES, 5),
+    ),
 ]
 
 

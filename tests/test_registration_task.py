@@ -292,7 +292,9 @@ def test_nested_labels_count_the_higher_values_in(size: tuple[int, ...]) -> None
 def test_ncc_term_follows_its_weight() -> None:
     state = RegistrationTask(2).reset(random_pair(SIZES[0]))
     action = smooth_action(SIZES[0], batch=2)
-    whole, half, none = (RegistrationTask(2, similarity_weight=w).loss(state, action, no_policy) for w in (1.0, 0.5, 0.0))
+    whole, half, none = (
+        RegistrationTask(2, similarity_weight=w).loss(state, action, no_policy) for w in (1.0, 0.5, 0.0)
+    )
     torch.testing.assert_close(half["ncc"], whole["ncc"] / 2)
     assert set(none) == {"smoothness"}
 

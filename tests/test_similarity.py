@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 from monai_rl_reg.metrics import local_ncc
 from monai_rl_reg.refinement import refine
-from monai_rl_reg.similarity import MIND, LocalNCC, MutualInformation, Similarity, correlation, mutual_information, title
+from monai_rl_reg.similarity import (
+    MIND,
+    LocalNCC,
+    MutualInformation,
+    Similarity,
+    correlation,
+    mutual_information,
+    title,
+)
 from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.transforms import MovingToFixedGridd
 
