@@ -131,12 +131,16 @@ class PolicyBundle:
     def refinement_task(self) -> RegistrationTask:
         """Return the task with the loss that the policy was trained by, as far as the bundle's configurations tell.
 
-        Structures are seen once, before (see :meth:`see`), and not learnt: it has no anatomy. A network learns to
-        leave folds out, a free field has to be told.
+        A network learns to leave folds out, a free field has to be told. Of a policy that was trained with labels it
+        is the loss without them: similarity and folds. What the policy sees is no substitute for the labels (a free
+        field soon fits its mistakes), and its field is rougher than the regulariser wants: both terms lower the Dice
+        of the true labels.
         """
         configs = [path for path in self._training() if path.is_file()] or [self.folder / CONFIG]
         task: Any = self._parser(*configs, anatomy=None).get_parsed_content("task").to(self.device).eval()
         task.fold_weight = max(task.fold_weight, FOLD_WEIGHT)
+        if self.sees:
+            task.dice_weight = task.smoothness_weight = 0.0
         task.similarity = self.similarity
         checked: RegistrationTask = task
         return checked

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from itertools import combinations
+from typing import Any
 
 import torch
 from monai.losses import GlobalMutualInformationLoss
@@ -89,7 +90,7 @@ class MutualInformation(Similarity):
         """Return the mutual information (B,)."""
         every = math.ceil((moved[0].numel() / self.most_voxels) ** (1 / self.spatial_dims))
         if every > 1:
-            coarse = (..., *[slice(None, None, every)] * self.spatial_dims)
+            coarse: Any = (..., *[slice(None, None, every)] * self.spatial_dims)
             moved, fixed = moved[coarse], fixed[coarse]
         with torch.autocast(moved.device.type, enabled=False):  # the joint histogram needs its digits
             information: Tensor = -self.loss(moved.float(), fixed.float()).flatten()

@@ -16,7 +16,7 @@ from monai_rl_reg.geometry import WorldTransform, voxels_to_millimetres
 from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.quality import LEAST_SEEN
-from monai_rl_reg.refinement import refine
+from monai_rl_reg.refinement import PROXIMITY, refine
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.working import WorkingPair
 
@@ -102,9 +102,9 @@ def take_steps(
             break
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
-        if seen is not None:
-            state = state | {"fixed_label": seen[:, :1], "moving_label": seen[:, 1:]}
-        refined = refine(bundle.refinement_task(), state, bundle.network, seconds=refine_seconds)
+        proximity = 0.0 if seen is None else PROXIMITY
+        task = bundle.refinement_task()
+        refined = refine(task, state, bundle.network, seconds=refine_seconds, proximity=proximity)
         note(refined.state)
         figures = {"loss_before": refined.loss_before, "loss_after": refined.loss_after}
         figures |= {"iterations": refined.iterations, "seconds": round(refined.seconds, 3)}

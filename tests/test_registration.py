@@ -425,7 +425,7 @@ def test_no_overlap_under_the_initial_transform(files: dict[str, str], bundle: P
 
 
 def test_auto_stops_by_itself(files: dict[str, str], registrar: Registrar, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("monai_rl_reg.stepping.GAIN", 0.02)
+    monkeypatch.setattr("monai_rl_reg.similarity.LocalNCC.gain", 0.02)
     done = registrar.register(Pair.read(files["fixed"], files["moving"]), Options(steps="auto"))
     ncc = [point["ncc"] for point in done.curve]
     gains = np.diff(ncc)
@@ -494,6 +494,9 @@ def test_the_shipped_weights_register_what_they_were_trained_on(hippocampus: Pat
     assert quality["folded_percent"] < 0.1
     assert quality["steps"] == 8
     assert quality["warnings"] == []
+    refined = register(*images, fixed_label=labels[0], moving_label=labels[1], refine=1.0, device="cpu").quality
+    assert refined["refinement"]["loss_after"] < refined["refinement"]["loss_before"]
+    assert refined["dice_after"] > quality["dice_after"] - 0.01
     turned = torch.eye(4, dtype=torch.float64)
     turned[:2, :2] = torch.tensor([[math.cos(0.4), -math.sin(0.4)], [math.sin(0.4), math.cos(0.4)]])
     turned[:3, 3] = torch.tensor([20.0, -30.0, 15.0])

@@ -116,7 +116,9 @@ def measure(case: Case, bundle: PolicyBundle, initial: Tensor, solve: Callable[[
     assert pair.fixed_label is not None
     moved = way.move(pair.moving_label, nearest=True)
     dice = label_dice(moved.as_tensor()[None], pair.fixed_label.as_tensor()[None])[0, 0]
-    off = (way.forth(case.landmarks[0]) - case.landmarks[1]).norm(dim=0) / pair.fixed.affine[:3, 0].norm()
+    off = torch.tensor(torch.nan)
+    if case.landmarks[0].numel():
+        off = (way.forth(case.landmarks[0]) - case.landmarks[1]).norm(dim=0) / pair.fixed.affine[:3, 0].norm()
     folded = folded_percent(field.detach())[0]
     return {"dice": float(dice), "landmarks": float(off.mean()), "folded": float(folded), "seconds": seconds}
 
