@@ -13,8 +13,8 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_rl_reg.errors import InputError
 from monai_rl_reg.itk_bridge import matrix_of, to_itk
+from monai_rl_reg.similarity import correlation, mutual_information
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ GAIN = 0.02
 """A pair whose correlation no transform raises by this much counts as aligned already."""
 STRETCH = 2.0
 """A direction that an affine stretches or shrinks by more than this makes it implausible."""
-SIMILARITIES = ("correlation", "mutual_information")
 
 
 @dataclass(frozen=True)
@@ -44,27 +43,22 @@ class Alignment:
     correlation_after: float
 
 
-def align(fixed: MetaTensor, moving: MetaTensor, *, similarity: str = "correlation") -> Alignment:
+def align(fixed: MetaTensor, moving: MetaTensor, *, one_modality: bool = True) -> Alignment:
     """Find an affine from fixed to moving space, unless the pair is aligned already.
 
     From the best of three starts (as the images lie, centres of the grids, centres of mass) a rigid and then an affine
-    transform are found on coarse images. Of all these the one with the highest correlation of intensities is taken, if
-    it is higher by :data:`GAIN` than that of the images as they lie. Deterministic: all voxels are used, in one thread.
+    transform are found on coarse images, by the correlation of intensities or, of two modalities, by their mutual
+    information. Of all these the best by the same measure is taken, if it is better by :data:`GAIN` than the images as
+    they lie. Deterministic: all voxels are used, in one thread.
 
     Args:
         fixed: (1, *spatial).
         moving: (1, *spatial).
-        similarity: that the rigid and the affine transform are found by: ``correlation``, or ``mutual_information``
-            for images of two modalities, which is also what is compared then.
-
-    Raises:
-        InputError: if the similarity is another one.
+        one_modality: whether the images are of one modality.
     """
-    if similarity not in SIMILARITIES:
-        raise InputError(f"similarity: expected one of {', '.join(SIMILARITIES)}, found {similarity!r}")
     d = fixed.ndim - 1
     f, m = (_coarse(image) for image in (fixed, moving))
-    score = _Score(f, m, similarity)
+    score = _Score(f, m, one_modality)
     identity = _rigid(d)
     starts = [("identity", identity)]
     for operation in ("GEOMETRY", "MOMENTS"):
@@ -72,7 +66,7 @@ def align(fixed: MetaTensor, moving: MetaTensor, *, similarity: str = "correlati
         starts.append(("centre", _rigid(d, sitk.CenteredTransformInitializer(f, m, _rigid(d), mode))))
     start = max((transform for _, transform in starts), key=score)
     found = [*starts]
-    rigid = _optimise(f, m, _rigid(d, start), similarity, shrink=(4, 2), step=1.0)
+    rigid = _optimise(f, m, _rigid(d, start), one_modality, shrink=(4, 2), step=1.0)
     if rigid is not None:
         found.append(("rigid", rigid))
     affine = sitk.AffineTransform(d)
@@ -80,7 +74,7 @@ def align(fixed: MetaTensor, moving: MetaTensor, *, similarity: str = "correlati
     affine.SetMatrix(base.GetMatrix())
     affine.SetTranslation(base.GetTranslation())
     affine.SetCenter(base.GetCenter())
-    refined = _optimise(f, m, affine, similarity, shrink=(2, 1), step=0.2)
+    refined = _optimise(f, m, affine, one_modality, shrink=(2, 1), step=0.2)
     if refined is not None and _plausible(refined):
         found.append(("affine", refined))
     scores = [score(transform) for _, transform in found]
@@ -95,27 +89,20 @@ def align(fixed: MetaTensor, moving: MetaTensor, *, similarity: str = "correlati
 class _Score:
     """How alike the coarse images are under a transform."""
 
-    def __init__(self, fixed: sitk.Image, moving: sitk.Image, similarity: str) -> None:
-        self.fixed, self.moving, self.similarity = fixed, moving, similarity
-        self.values = sitk.GetArrayFromImage(fixed).ravel().astype(np.float64)
+    def __init__(self, fixed: sitk.Image, moving: sitk.Image, one_modality: bool) -> None:
+        self.fixed, self.moving = fixed, moving
+        self.values = torch.from_numpy(sitk.GetArrayFromImage(fixed))
+        self.measure = correlation if one_modality else mutual_information
 
     def __call__(self, transform: sitk.Transform) -> float:
-        return self.correlation(transform) if self.similarity == "correlation" else self.information(transform)
+        return self.measure(self.values, self._moved(transform))
 
     def correlation(self, transform: sitk.Transform) -> float:
-        moved = self._moved(transform)
-        a, b = self.values - self.values.mean(), moved - moved.mean()
-        return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+        return correlation(self.values, self._moved(transform))
 
-    def information(self, transform: sitk.Transform) -> float:
-        joint, _, _ = np.histogram2d(self.values, self._moved(transform), bins=32, range=[[0, 1], [0, 1]])
-        p = joint / joint.sum()
-        independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-        return float((p[p > 0] * np.log(p[p > 0] / independent[p > 0])).sum())
-
-    def _moved(self, transform: sitk.Transform) -> np.ndarray:
+    def _moved(self, transform: sitk.Transform) -> Tensor:
         moved = sitk.Resample(self.moving, self.fixed, transform, sitk.sitkLinear, 0.0)
-        return sitk.GetArrayFromImage(moved).ravel().astype(np.float64)
+        return torch.from_numpy(sitk.GetArrayFromImage(moved))
 
 
 def _coarse(image: MetaTensor) -> sitk.Image:
@@ -137,13 +124,13 @@ def _rigid(d: int, start: sitk.Transform | None = None) -> Any:
 
 
 def _optimise(
-    fixed: sitk.Image, moving: sitk.Image, start: Any, similarity: str, shrink: Sequence[int], step: float
+    fixed: sitk.Image, moving: sitk.Image, start: Any, one_modality: bool, shrink: Sequence[int], step: float
 ) -> Any:
     """Return the transform that gradient descent comes to, coarse to fine; None where the images lose each other."""
     room = max(1, min(*fixed.GetSize(), *moving.GetSize()) // 4)
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)  # the order of a sum over threads is not determined
-    if similarity == "correlation":
+    if one_modality:
         method.SetMetricAsCorrelation()
     else:
         method.SetMetricAsMattesMutualInformation(32)

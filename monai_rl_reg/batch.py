@@ -9,8 +9,10 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from tqdm import tqdm
 from monai_rl_reg.data import read_pairs
 from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.nifti import replacing
+from monai_rl_reg.policy_bundle import file_stamp
+from monai_rl_reg.quality import plain
 from monai_rl_reg.registration import Registrar
 from monai_rl_reg.request import Options, Pair
 
@@ -31,8 +35,9 @@ COLUMNS = [
     "reason",
     "fixed",
     "moving",
-    "ncc_before",
-    "ncc_after",
+    "similarity",
+    "similarity_before",
+    "similarity_after",
     "dice_before",
     "dice_after",
     "folded_percent",
@@ -43,6 +48,10 @@ COLUMNS = [
     "warnings",
 ]
 """Of ``summary.csv``."""
+EVERY = 10.0
+"""Seconds between two writings of it."""
+PART = ".summary.{}.csv"
+"""The rows so far of the processes but the first, while they run."""
 
 
 def read_jobs(path: str | Path) -> list[dict[str, str]]:
@@ -62,7 +71,7 @@ def read_jobs(path: str | Path) -> list[dict[str, str]]:
     seen: dict[str, int] = {}
     for number, (job, row) in enumerate(zip(jobs, rows, strict=True)):
         name = (row.get("name") or "").strip() or f"{number:04d}"
-        if name in (".", "..") or name != Path(name).name or name == "summary.csv":
+        if name in (".", "..") or name != Path(name).name or name == "summary.csv" or name.startswith(".summary"):
             raise InputError(f"pairs {path}, line {number + 2}: expected the name of a folder, found {name!r}")
         if name in seen:
             raise InputError(
@@ -87,15 +96,16 @@ def register_pairs(
 ) -> list[dict[str, Any]]:
     """Register the pairs of a CSV file: ``output/NAME`` has the files of each, ``output/summary.csv`` a row of each.
 
-    A pair that fails is a row with its reason. Under ``torchrun`` every process takes its share, and the first one
-    writes the table. ``output`` then lies on a file system that all of them see.
+    A pair that fails is a row with its reason. The table grows with the pairs, every :data:`EVERY` seconds. Under
+    ``torchrun`` every process takes its share, and the first one gathers the table. ``output`` then lies on a file
+    system that all of them see.
 
     Args:
         pairs: see :func:`read_jobs`.
         output: the folder.
         registrar: the policy.
         options: how to register each pair.
-        resume: skip pairs whose folder is complete and of the same images.
+        resume: skip pairs whose folder is complete and was made of the same files, by the same options and weights.
         progress: show a progress bar with the time left, of the first process's share.
         save: passed on to :meth:`~monai_rl_reg.registration.Registration.save`.
 
@@ -110,7 +120,9 @@ def register_pairs(
         _check_writable(output / f".writable.{rank}")
         shares: list[Any] = [None] * world
         rows: list[dict[str, Any]] = []
-        work = _work(jobs[rank::world], output, registrar, options, resume, save)
+        made_by = {"options": asdict(options), "save": save, "weights": registrar.made_by()}
+        work = _work(jobs[rank::world], output, registrar, options, resume, save, made_by)
+        written = time.monotonic()
         with tqdm(
             work, total=len(jobs[rank::world]), desc="pairs", unit="pair", disable=not progress or rank > 0
         ) as bar:
@@ -119,14 +131,20 @@ def register_pairs(
                     rows.append(row)
                     if row["status"] == "failed":
                         tqdm.write(f"failed: {row['name']}: {row['reason']}", file=sys.stderr)
+                    if time.monotonic() - written >= EVERY:
+                        _write_share(output, rows, jobs, rank)
+                        written = time.monotonic()
             finally:
-                if world == 1:
-                    _write(output / "summary.csv", rows)
+                _write_share(output, rows, jobs, rank)
         if world > 1:
             dist.all_gather_object(shares, rows)
             rows = [shares[i % world][i // world] for i in range(len(jobs))]
             if rank == 0:
                 _write(output / "summary.csv", rows)
+        if rank == 0:
+            for part in output.glob(PART.format("*")):  # also of an earlier run that was killed
+                part.unlink()
+        if world > 1:
             dist.barrier()
     return rows
 
@@ -138,19 +156,22 @@ def _work(
     options: Options,
     resume: bool,
     save: dict[str, bool],
+    made_by: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Register one pair after the other, while a thread reads the next one; yield the row of each."""
+    known = made_by if resume else None
     with ThreadPoolExecutor(1) as reader:
         following: Future[Pair | dict[str, Any]] | None = None
         for i, job in enumerate(jobs):
-            current = following or reader.submit(_prepare, job, output, resume)
-            following = reader.submit(_prepare, jobs[i + 1], output, resume) if i + 1 < len(jobs) else None
+            current = following or reader.submit(_prepare, job, output, known)
+            following = reader.submit(_prepare, jobs[i + 1], output, known) if i + 1 < len(jobs) else None
             if current.exception() is None and isinstance(pair := current.result(), Pair):
                 registrar.bundle(pair.fixed.ndim - 1)  # a bundle that cannot be used ends it all
             try:
                 ready = current.result()
                 if isinstance(ready, Pair):
                     result = registrar.register(ready, options)
+                    result.quality["made_of"] = _made_of(job) | made_by
                     result.save(output / job["name"], **save)
                     ready = result.quality
                 yield _row(job, "done", ready)
@@ -158,14 +179,23 @@ def _work(
                 yield _failure(job, error)
 
 
-def _prepare(job: dict[str, str], output: Path, resume: bool) -> Pair | dict[str, Any]:
-    """Read a pair; or its quality figures, where it is complete already."""
-    if resume:
+def _prepare(job: dict[str, str], output: Path, made_by: dict[str, Any] | None) -> Pair | dict[str, Any]:
+    """Read a pair; or its quality figures, where it is complete already and ``made_by`` says how it would be now."""
+    path = output / job["name"] / "quality.json"
+    if made_by is not None and path.is_file():
         with contextlib.suppress(OSError, ValueError):
-            quality: dict[str, Any] = json.loads((output / job["name"] / "quality.json").read_text(encoding="utf-8"))
-            if all(quality.get(role) == job[role] for role in ("fixed", "moving")):
+            quality: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            then, now = quality.get("made_of", {}), json.loads(json.dumps(plain(_made_of(job) | made_by), default=str))
+            if then == now:
                 return quality
+            changed = [key for key in {*then, *now} if then.get(key) != now.get(key)]
+            logger.info("%s: registered again, changed since: %s", job["name"], ", ".join(sorted(changed)))
     return Pair.read(**{key: value for key, value in job.items() if key != "name"})
+
+
+def _made_of(job: dict[str, str]) -> dict[str, Any]:
+    """The files that a pair is made of, each with what tells it from another one of its name."""
+    return {role: file_stamp(path) for role, path in job.items() if role != "name"}
 
 
 def _failure(job: dict[str, str], error: Exception) -> dict[str, Any]:
@@ -185,6 +215,7 @@ def _check_writable(path: Path) -> None:
 def _row(job: dict[str, str], status: str, quality: dict[str, Any]) -> dict[str, Any]:
     row = {column: quality.get(column) for column in COLUMNS}
     row |= {"name": job["name"], "status": status, "fixed": job["fixed"], "moving": job["moving"]}
+    row |= {f"similarity_{when}": quality.get(f"{quality.get('similarity')}_{when}") for when in ("before", "after")}
     row["warnings"] = "; ".join(quality.get("warnings", []))
     return row
 
@@ -195,6 +226,18 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+
+
+def _write_share(output: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[dict[str, str]], rank: int) -> None:
+    """Write the rows so far: the first process its own and those that the others have written, in the pairs' order."""
+    if rank > 0:
+        _write(output / PART.format(rank), rows)
+        return
+    known = {row["name"]: row for row in rows}
+    for part in output.glob(PART.format("*")):
+        with open(part, newline="", encoding="utf-8") as file:
+            known |= {row["name"]: row for row in csv.DictReader(file)}
+    _write(output / "summary.csv", [known[job["name"]] for job in jobs if job["name"] in known])
 
 
 @contextlib.contextmanager

@@ -131,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _register(args: argparse.Namespace) -> int:
     from monai_rl_reg.registration import Registrar  # torch and MONAI take seconds: not for --help
     from monai_rl_reg.request import Options, Pair
+    from monai_rl_reg.similarity import title
 
     options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial)
     pair = Pair.read(
@@ -144,7 +145,8 @@ def _register(args: argparse.Namespace) -> int:
     result = registrar.register(pair, options, progress=not args.quiet)
     result.save(args.output, tfm=args.tfm, report=args.report)
     quality = result.quality
-    figures = [f"NCC {quality['ncc_before']:.3f} -> {quality['ncc_after']:.3f}"]
+    name = quality["similarity"]
+    figures = [f"{title(name)} {quality[f'{name}_before']:.3f} -> {quality[f'{name}_after']:.3f}"]
     if "dice_after" in quality:
         figures.append(f"Dice {quality['dice_before']:.3f} -> {quality['dice_after']:.3f}")
     figures.append(f"folded {quality['folded_percent']:.2g} %")

@@ -35,7 +35,7 @@ class TrainingProgress:
     """
 
     def __init__(
-        self, evaluator: Engine | None = None, metrics: Sequence[str] = ("dice_before", "dice", "ncc")
+        self, evaluator: Engine | None = None, metrics: Sequence[str] = ("dice_before", "dice", "similarity")
     ) -> None:
         self.evaluator = evaluator
         self.metrics = metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction
@@ -88,21 +90,21 @@ class LogJacobianStdMetric(_MeanMetric):
         return log_jacobian_std(y_pred)[:, None]
 
 
-class LocalNCCMetric(_MeanMetric):
-    """Mean local NCC of moved and fixed images (B, C, *spatial) scaled to [0, 1].
+class SimilarityMetric(_MeanMetric):
+    """Mean similarity of moved and fixed images (B, C, *spatial) scaled to [0, 1].
 
     Args:
-        kernel_size: window size in voxels, odd.
+        similarity: gives the similarity (B,), see :mod:`monai_rl_reg.similarity`.
     """
 
-    def __init__(self, kernel_size: int = 9) -> None:
+    def __init__(self, similarity: Callable[[Tensor, Tensor], Tensor] = local_ncc) -> None:
         super().__init__()
-        self.kernel_size = kernel_size
+        self.similarity = similarity
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if y is None:
             raise ValueError("expected the fixed images as y, got None")
-        return local_ncc(y_pred, y, self.kernel_size)[:, None]
+        return self.similarity(y_pred, y)[:, None]
 
 
 class TargetRegistrationErrorMetric(_MeanMetric):

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.bundle import ConfigParser
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.refinement import FOLD_WEIGHT
+from monai_rl_reg.similarity import Similarity
 from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import State, Task
 
@@ -22,6 +23,43 @@ DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "rl_reg"
 CONFIG = Path("configs") / "inference.json"
 WITH_LABELS = "with_labels.json"
 """Laid over ``train.json`` to train a policy that sees structures."""
+
+
+def file_stamp(path: str | Path) -> dict[str, Any]:
+    """Return a file's or folder's full path, its size, and when it was last changed; the path alone if it is none."""
+    path = Path(path).resolve()
+    if not path.exists():
+        return {"path": str(path)}
+    status = path.stat()
+    return {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
+
+
+def policy_files(folder: str | Path | None, ckpt: str | Path | None) -> dict[str, Any]:
+    """Return :func:`file_stamp` of the ``config`` and the ``ckpt`` of a bundle, without loading it.
+
+    Arguments as those of :class:`PolicyBundle`.
+
+    Raises:
+        InputError: if the bundle's configuration cannot be read.
+    """
+    folder = Path(folder) if folder is not None else DEFAULT_BUNDLE
+    if ckpt is None:
+        parser = _read(folder, folder / CONFIG)
+        parser.update({"bundle_root": str(folder)})
+        ckpt = str(parser.get_parsed_content("ckpt"))
+    return {"config": file_stamp(folder / CONFIG), "ckpt": file_stamp(ckpt)}
+
+
+def _read(folder: Path, *configs: Path) -> ConfigParser:
+    if not (folder / CONFIG).is_file():
+        hint = "" if folder != DEFAULT_BUNDLE else "; name one with --bundle"
+        raise InputError(f"bundle {folder}: expected a folder with {CONFIG} in it, found none{hint}")
+    parser = ConfigParser()
+    try:
+        parser.read_config(list(configs))
+    except ValueError as error:
+        raise InputError(f"bundle {folder}: expected configurations in JSON, found {error}") from error
+    return parser
 
 
 class PolicyBundle:
@@ -48,9 +86,6 @@ class PolicyBundle:
         spatial_dims: int = 3,
     ) -> None:
         self.folder = Path(folder) if folder is not None else DEFAULT_BUNDLE
-        if not (self.folder / CONFIG).is_file():
-            hint = "" if folder is not None else "; name one with --bundle"
-            raise InputError(f"bundle {self.folder}: expected a folder with {CONFIG} in it, found none{hint}")
         self.settings: dict[str, Any] = {"bundle_root": str(self.folder), "spatial_dims": spatial_dims}
         if ckpt is not None:
             self.settings["ckpt"] = str(ckpt)
@@ -77,6 +112,16 @@ class PolicyBundle:
         """The number of steps that the configuration takes."""
         return self.inferer.steps
 
+    @property
+    def similarity(self) -> Similarity:
+        """The similarity of the images that the configuration names."""
+        return cast(RegistrationTask, self.task).similarity
+
+    @property
+    def sees(self) -> bool:
+        """Whether the policy sees structures by itself: it was trained with labels."""
+        return getattr(self.task, "anatomy", None) is not None
+
     def keep_spacing(self) -> Callable[[Any], Any]:
         """Return the case transform without its change of the voxel size: for images brought to one beforehand."""
         parser = self._parser(pixdim=None)
@@ -86,12 +131,17 @@ class PolicyBundle:
     def refinement_task(self) -> RegistrationTask:
         """Return the task with the loss that the policy was trained by, as far as the bundle's configurations tell.
 
-        Structures are seen once, before (see :meth:`see`), and not learnt: it has no anatomy. A network learns to
-        leave folds out, a free field has to be told.
+        A network learns to leave folds out, a free field has to be told. Of a policy that was trained with labels it
+        is the loss without them: similarity and folds. What the policy sees is no substitute for the labels (a free
+        field soon fits its mistakes), and its field is rougher than the regulariser wants: both terms lower the Dice
+        of the true labels.
         """
         configs = [path for path in self._training() if path.is_file()] or [self.folder / CONFIG]
         task: Any = self._parser(*configs, anatomy=None).get_parsed_content("task").to(self.device).eval()
         task.fold_weight = max(task.fold_weight, FOLD_WEIGHT)
+        if self.sees:
+            task.dice_weight = task.smoothness_weight = 0.0
+        task.similarity = self.similarity
         checked: RegistrationTask = task
         return checked
 
@@ -109,8 +159,8 @@ class PolicyBundle:
             return torch.cat([anatomy(x).argmax(1, keepdim=True).int() for x in images], dim=1)
 
     def _training(self) -> list[Path]:
-        seen = getattr(self.task, "anatomy", None) is not None
-        return [self.folder / "configs" / name for name in (["train.json", WITH_LABELS] if seen else ["train.json"])]
+        names = ["train.json", WITH_LABELS] if self.sees else ["train.json"]
+        return [self.folder / "configs" / name for name in names]
 
     def trajectory(self, image: Tensor, steps: int, *, sample: bool = False) -> Iterator[State]:
         """Yield the first state and that after every step, of images (1, 2, *spatial), fixed and moving."""
@@ -125,11 +175,7 @@ class PolicyBundle:
         return f"{metadata.get('name', self.folder.name)} {metadata.get('version', '')}".strip()
 
     def _parser(self, *configs: Path, **overrides: Any) -> ConfigParser:
-        parser = ConfigParser()
-        try:
-            parser.read_config(list(configs) or self.folder / CONFIG)
-        except ValueError as error:
-            raise InputError(f"bundle {self.folder}: expected configurations in JSON, found {error}") from error
+        parser = _read(self.folder, *(configs or [self.folder / CONFIG]))
         config: Any = parser.config
         known = {key: value for key, value in (self.settings | overrides).items() if key in config}
         parser.update(known)

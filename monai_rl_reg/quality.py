@@ -13,6 +13,7 @@ from torch import Tensor
 
 from monai_rl_reg import __version__
 from monai_rl_reg.metrics import folded_percent, label_dice, log_jacobian_std
+from monai_rl_reg.similarity import title
 
 MOST_FOLDED = 1.0
 """Percentage of folded voxels above which a registration comes with a warning."""
@@ -60,15 +61,17 @@ def warnings_about(quality: dict[str, Any]) -> list[str]:
     """Return in plain words what in the figures speaks against the result.
 
     A policy that was trained with labels gives up some similarity for structures that agree: while those that it sees
-    in both images do, a lower NCC is no fault.
+    in both images do, a lower similarity is no fault.
     """
     found = []
     seen, hint = quality.get("seen_dice_after"), "they may be unlike those that the weights were trained on"
     if seen is not None and seen < LEAST_SEEN:
         found.append(f"the structures that the policy sees in both images agree by a Dice of {seen:.2f} only: {hint}")
-    if quality["ncc_after"] < quality["ncc_before"] and (seen is None or seen < LEAST_SEEN):
+    name = quality["similarity"]
+    before, after = quality[f"{name}_before"], quality[f"{name}_after"]
+    if after < before and (seen is None or seen < LEAST_SEEN):
         found.append(
-            f"the similarity of the images fell, local NCC {quality['ncc_before']:.3f} to {quality['ncc_after']:.3f}"
+            f"the similarity of the images fell, {title(name)} {before:.3f} to {after:.3f}"
             + (f": {hint}" if seen is None else "")
         )
     if quality.get("dice_after", math.nan) < quality.get("dice_before", math.nan):

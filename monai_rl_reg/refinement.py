@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from monai.losses import DiffusionLoss
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
 from torch import Tensor
@@ -20,6 +21,8 @@ LEARNING_RATE = 0.02
 """Of Adam, in voxels of the field's grid: about the most that a voxel moves in one iteration."""
 FOLD_WEIGHT = 10.0
 """Of the task loss's term against folds, where the task itself has none or a smaller one."""
+PROXIMITY = 10.0
+"""For a policy that knows more than the loss says: one that sees structures."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,19 @@ class Refinement:
 
 
 def refine(
-    task: Task, state: State, act: Act, *, seconds: float = math.inf, iterations: int | None = None
+    task: Task,
+    state: State,
+    act: Act,
+    *,
+    seconds: float = math.inf,
+    iterations: int | None = None,
+    proximity: float = 0.0,
 ) -> Refinement:
-    """Compose one more step onto a state's field, found by Adam on the task's loss, smoothness included.
+    """Compose one more step onto a state's field, found by Adam on the task's loss and how long and rough the step is.
+
+    It minimises over the step a::
+
+        J_task(a) + proximity * (mean |a|^2 + mean |grad a|^2)
 
     Stops at the first of both limits; the iteration under way ends, so that time may run over by one.
 
@@ -54,6 +67,7 @@ def refine(
         act: the policy, which some tasks' losses ask.
         seconds: most wall time.
         iterations: most iterations.
+        proximity: keeps the field near where it began.
 
     Raises:
         ValueError: if neither limit is given.
@@ -63,11 +77,14 @@ def refine(
     started = time.monotonic()
     action = torch.zeros_like(state["displacement"])
     best, best_loss, first, done = action.clone(), math.inf, math.inf, 0
+    roughness = DiffusionLoss()
     with torch.enable_grad():
         action.requires_grad_()
         optimiser = torch.optim.Adam([action], lr=LEARNING_RATE)
         while True:
             loss = torch.stack(list(task.loss(state, action, act).values())).sum()
+            if proximity > 0:
+                loss = loss + proximity * (action.square().sum(1).mean() + roughness(action))
             value = float(loss.detach())
             first = value if done == 0 else first
             if value < best_loss:

@@ -22,10 +22,10 @@ from monai_rl_reg.geometry import WorldTransform
 from monai_rl_reg.itk_bridge import read_transform, write_transform
 from monai_rl_reg.landmarks import Landmarks
 from monai_rl_reg.nifti import name_of, write_displacement, write_image
-from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.policy_bundle import PolicyBundle, policy_files
 from monai_rl_reg.quality import dice_figures, field_figures, plain, versions, warnings_about
 from monai_rl_reg.request import Options, Pair
-from monai_rl_reg.stepping import deviation, take_steps
+from monai_rl_reg.stepping import alignment_helps, deviation, take_steps
 from monai_rl_reg.working import WorkingPair
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Registration:
         displacement: ``(d, *fixed)``, RAS millimetres, from fixed to moving space, the initial transform inside.
         inverse_displacement: ``(d, *moving)``, RAS millimetres, from moving to fixed space.
         moved_label: ``(1, *fixed)``, integers, if a moving label was given.
+        unmoved_label: likewise, by the initial transform alone.
         fixed_label: ``(1, *fixed)``, if given.
         uncertainty: ``(1, *fixed)``, standard deviation of the displacement in millimetres, if asked for.
         landmarks: where the given ones lie in the other image.
@@ -63,8 +64,8 @@ class Registration:
         working: ``(2, *working)``, fixed and moving as the policy saw them at its start.
         history: the policy's displacement ``(d, *working)`` in working voxels after 0, 1, ... steps; after the last
             step comes the refined one, if asked for.
-        curve: for each of these, ``ncc``; where both labels are given, ``dice``; where the policy sees structures by
-            itself, ``seen_dice``.
+        curve: for each of these, the similarity under its name; where both labels are given, ``dice``; where the
+            policy sees structures by itself, ``seen_dice``.
     """
 
     fixed: MetaTensor
@@ -74,6 +75,7 @@ class Registration:
     working: MetaTensor
     inverse_displacement: MetaTensor | None = None
     moved_label: MetaTensor | None = None
+    unmoved_label: MetaTensor | None = None
     fixed_label: MetaTensor | None = None
     uncertainty: MetaTensor | None = None
     landmarks: Landmarks | None = None
@@ -142,6 +144,14 @@ class Registrar:
             self._loaded[spatial_dims] = PolicyBundle(**self.settings, spatial_dims=spatial_dims)
         return self._loaded[spatial_dims]
 
+    def made_by(self) -> dict[str, Any]:
+        """Return what tells this policy from another one: its files, each with its size and time of change.
+
+        Raises:
+            InputError: if the bundle cannot be used.
+        """
+        return policy_files(self.settings["folder"], self.settings["ckpt"])
+
     def register(self, pair: Pair, options: Options | None = None, *, progress: bool = False) -> Registration:
         """Register a pair.
 
@@ -156,7 +166,7 @@ class Registrar:
         options = options or Options()
         started = time.monotonic()
         bundle = self.bundle(pair.fixed.ndim - 1)
-        initial, kind = self._initial(pair, options)
+        initial, kind = self._initial(bundle, pair, options)
         try:
             working = WorkingPair.make(bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label, initial)
         except Exception as error:
@@ -171,16 +181,20 @@ class Registrar:
             if options.uncertainty:
                 spread = deviation(bundle, working, initial, steps.taken, options.uncertainty)
                 uncertainty = way.spread(spread, working.image.affine)
-            moved_label = None if pair.moving_label is None else way.move(pair.moving_label, nearest=True)
+            moved_label = unmoved_label = None
+            if pair.moving_label is not None:
+                moved_label = way.move(pair.moving_label, nearest=True)
+                unmoved_label = way.move(pair.moving_label, nearest=True, initial_only=True)
             moved = way.move(pair.moving)
             inverse, *errors = way.inverse(pair.moving) if options.inverse else (None,)
         quality: dict[str, Any] = {"fixed": name_of(pair.fixed), "moving": name_of(pair.moving)}
-        for key in ("ncc", "seen_dice"):
+        name = bundle.similarity.name
+        quality["similarity"] = name
+        for key in (name, "seen_dice"):
             if key in steps.curve[0]:
                 quality |= {f"{key}_before": steps.curve[0][key], f"{key}_after": steps.curve[-1][key]}
-        if moved_label is not None and pair.moving_label is not None and pair.fixed_label is not None:
-            unmoved = way.move(pair.moving_label, nearest=True, initial_only=True)
-            quality |= dice_figures(moved_label, unmoved, pair.fixed_label)
+        if moved_label is not None and unmoved_label is not None and pair.fixed_label is not None:
+            quality |= dice_figures(moved_label, unmoved_label, pair.fixed_label)
         quality |= field_figures(way.displacement.displacement, way.displacement.affine)
         quality |= dict(zip(("inverse_error_mm", "inverse_error_max_mm"), errors, strict=False))
         quality |= {"steps": steps.taken, "stopped_by_itself": limit == "auto" and steps.taken < total}
@@ -197,6 +211,7 @@ class Registrar:
             displacement=MetaTensor(way.displacement.displacement, affine=pair.fixed.affine),
             inverse_displacement=inverse,
             moved_label=moved_label,
+            unmoved_label=unmoved_label,
             fixed_label=pair.fixed_label,
             uncertainty=uncertainty,
             landmarks=None if pair.landmarks is None else pair.landmarks.carried(way),
@@ -206,13 +221,17 @@ class Registrar:
             curve=steps.curve,
         )
 
-    def _initial(self, pair: Pair, options: Options) -> tuple[WorldTransform, dict[str, Any]]:
+    def _initial(self, bundle: PolicyBundle, pair: Pair, options: Options) -> tuple[WorldTransform, dict[str, Any]]:
         if isinstance(options.initial, Tensor):
             return options.initial.double(), {"kind": "given"}
         if options.initial == "auto":
-            found = align(pair.fixed, pair.moving)
-            figures = {"correlation_before": found.correlation_before, "correlation_after": found.correlation_after}
-            return found.transform, {"kind": found.kind} | {key: round(v, 6) for key, v in figures.items()}
+            found = align(pair.fixed, pair.moving, one_modality=bundle.similarity.one_modality)
+            before, after = round(found.correlation_before, 6), round(found.correlation_after, 6)
+            if found.kind == "identity" or alignment_helps(bundle, pair.fixed, pair.moving, found.transform):
+                figures = {"correlation_before": before, "correlation_after": after}
+                return found.transform, {"kind": found.kind} | figures
+            figures = {"correlation_before": before, "correlation_after": before}
+            return torch.eye(4, dtype=torch.float64), {"kind": "identity", "given_up": found.kind} | figures
         if options.initial in (None, "none"):
             return torch.eye(4, dtype=torch.float64), {"kind": "none"}
         return read_transform(Path(str(options.initial)), pair.fixed), {"kind": "file", "file": str(options.initial)}

@@ -21,6 +21,7 @@ from monai_rl_reg.nifti import replacing
 from monai_rl_reg.panels import Draw
 from monai_rl_reg.planes import Plane, ShownGrid
 from monai_rl_reg.report_sections import Legend, Pictures, Section
+from monai_rl_reg.similarity import title
 
 if TYPE_CHECKING:
     from monai_rl_reg.registration import Registration
@@ -28,13 +29,10 @@ if TYPE_CHECKING:
 MOST_FRAMES = 12
 """Steps shown in the animation, at most; of more, as many spread evenly, the first and the last among them."""
 
-FIGURES: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
-    (
-        ("ncc_before", "ncc_after"),
-        "Similarity (NCC)",
-        "{:.3f}",
-        "Local correlation of the images before and after the steps; 1 is a perfect match.",
-    ),
+Figure = tuple[tuple[str, ...], str, str, str]
+"""Keys of the quality figures, their name, format, and what they mean."""
+
+FIGURES: tuple[Figure, ...] = (
     (
         ("dice_before", "dice_after"),
         "Label overlap (Dice)",
@@ -48,7 +46,7 @@ FIGURES: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("steps",), "Steps", "{:.0f}", "Small deformations composed."),
     (("seconds",), "Time", "{:.1f} s", "Wall time of the registration."),
 )
-"""Quality figures by their keys: name, format, and what they mean. What else there is comes below them as it is."""
+"""Besides the similarity. What else there is comes below them as it is."""
 
 
 def write_report(result: Registration, path: str | Path) -> None:
@@ -99,7 +97,7 @@ def _summary(quality: Mapping[str, Any]) -> str:
             "right: look at the edges and outlines below.</div>"
         )
     tiles = []
-    for keys, name, form, _ in FIGURES:
+    for keys, name, form, _ in _told(quality):
         value = _value(quality, keys, form)
         if value is not None and keys not in (("steps",), ("inverse_error_max_mm",)):
             tiles.append(f'<div class="tile"><span>{escape(name)}</span><b>{value}</b></div>')
@@ -158,9 +156,10 @@ def _section(section: Section, grid: ShownGrid) -> str:
 
 def _steps(result: Registration) -> str:
     """The curves along the steps, and the animation on the grid that the policy worked on."""
+    similarity = result.quality.get("similarity", "ncc")
     curves = {
         name: [float(point.get(key, math.nan)) for point in result.curve]
-        for key, name in (("ncc", "similarity (NCC)"), ("dice", "label overlap (Dice)"))
+        for key, name in ((similarity, f"similarity ({title(similarity)})"), ("dice", "label overlap (Dice)"))
         if any(key in point for point in result.curve)
     }
     if len(result.history) < 2:
@@ -232,11 +231,12 @@ def _frame(moved: Tensor, fixed: Tensor, place: Tensor | None, spacing: float) -
 def _figures(quality: Mapping[str, Any]) -> str:
     """The table of all quality figures, the known ones with what they mean."""
     rows = []
-    for keys, name, form, meaning in FIGURES:
+    for keys, name, form, meaning in _told(quality):
         value = _value(quality, keys, form)
         if value is not None:
             rows.append((name, value, escape(meaning)))
-    known = {key for keys, *_ in FIGURES for key in keys} | {"warnings", "fixed", "moving"}
+    known = {key for keys, *_ in _told(quality) for key in keys}
+    known |= {"warnings", "fixed", "moving", "similarity", "made_of"}
     for key, value in quality.items():
         if key not in known:
             words = escape(_plain_words(value))
@@ -251,6 +251,12 @@ def _figures(quality: Mapping[str, Any]) -> str:
         '<section id="figures"><h2>All figures</h2><table class="figures"><thead><tr><th>Figure</th><th>Value</th>'
         f"<th>Meaning</th></tr></thead><tbody>{cells}</tbody></table></section>"
     )
+
+
+def _told(quality: Mapping[str, Any]) -> list[Figure]:
+    name = quality.get("similarity", "ncc")
+    meaning = "Of the images, before and after the steps; more is more alike."
+    return [((f"{name}_before", f"{name}_after"), f"Similarity ({title(name)})", "{:.3f}", meaning), *FIGURES]
 
 
 def _value(quality: Mapping[str, Any], keys: Sequence[str], form: str) -> str | None:

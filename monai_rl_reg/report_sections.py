@@ -155,9 +155,14 @@ class Pictures:
 
             return paint
 
-        rows = [Row("After", partial(draw, self._moved_label_cut))]
-        if result.inverse_displacement is not None:
-            rows.insert(0, Row("Before", partial(draw, self._label_before)))
+        stages = [("after", result.moved_label)]
+        if result.unmoved_label is not None:
+            stages.insert(0, (self.before[-1][0], result.unmoved_label))
+        rows = [
+            Row(name.capitalize(), partial(draw, partial(self._cut, _plain(label))))
+            for name, label in stages
+            if label is not None
+        ]
         marks = [(panels.FIXED, "fixed")] if result.fixed_label is not None else []
         return Section(
             "Label outlines",
@@ -259,10 +264,6 @@ class Pictures:
     def _moved_cut(self, plane: Plane) -> Tensor:
         return self._cut(self.moved, plane)
 
-    def _moved_label_cut(self, plane: Plane) -> Tensor:
-        assert self.result.moved_label is not None
-        return self._cut(_plain(self.result.moved_label), plane)
-
     def _world(self, plane: Plane) -> Tensor:
         return transform_points(self.grid.affine, self.grid.voxels(plane, self.point))
 
@@ -271,16 +272,6 @@ class Pictures:
 
     def _moving_as_aligned(self, plane: Plane) -> Tensor:
         return _sample_world(_plain(self.result.working)[1:], self.result.working, self._world(plane))
-
-    def _label_before(self, plane: Plane) -> Tensor:
-        """The moving label where it lay, read off the moved one: what came to x was at y = x + u(x), x = y + v(y)."""
-        inverse, moved = self.result.inverse_displacement, self.result.moved_label
-        assert inverse is not None
-        assert moved is not None
-        world = self._world(plane)
-        inside = transform_points(torch.linalg.inv(reduced(inverse.affine.double(), self.dims)), world)
-        came_to = world + sample(_plain(inverse), inside.float()).double()
-        return _sample_world(_plain(moved), moved, came_to, mode="nearest")
 
     def _place(self, plane: Plane) -> Tensor:
         """Where the voxels of a plane come from, (2, down, across), in millimetres along the plane."""
@@ -292,7 +283,7 @@ def _plain(image: MetaTensor) -> Tensor:
     return image.as_tensor().detach().cpu()
 
 
-def _sample_world(volume: Tensor, grid: MetaTensor, world: Tensor, mode: str = "bilinear") -> Tensor:
+def _sample_world(volume: Tensor, grid: MetaTensor, world: Tensor) -> Tensor:
     """Sample a volume (1, *spatial) on the grid of an image at world points (d, *shape); 0 outside; (*shape)."""
     to_voxels = torch.linalg.inv(reduced(grid.affine.double(), world.shape[0]))
-    return sample(volume, transform_points(to_voxels, world).float(), mode=mode, outside="zeros")[0]
+    return sample(volume, transform_points(to_voxels, world).float(), outside="zeros")[0]

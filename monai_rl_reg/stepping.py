@@ -7,18 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.networks.blocks import Warp
 from torch import Tensor
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import WorldTransform, voxels_to_millimetres
-from monai_rl_reg.metrics import local_ncc, mean_label_dice
+from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.policy_bundle import PolicyBundle
-from monai_rl_reg.refinement import refine
+from monai_rl_reg.quality import LEAST_SEEN
+from monai_rl_reg.refinement import PROXIMITY, refine
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.working import WorkingPair
 
 GAIN = 5e-3
-"""Similarity that a step must gain for another one to follow, when the steps stop by themselves."""
+"""Dice of seen structures that a step must gain for another one to follow, when the steps stop by themselves."""
+
+
+TRIAL_STEPS = 2
+TRIAL_GAIN = 0.02
+"""Dice of seen structures by which an alignment must be ahead after these steps to be of use."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,8 @@ class Steps:
 
     Attributes:
         history: displacement (d, *working) in working voxels after 0, 1, ... steps, then after the refinement.
-        curve: ``ncc`` of each and, with labels, ``dice``; if the policy sees structures by itself, ``seen_dice``, by
-            what it saw in both images before the first step.
+        curve: the similarity of each under its name and, with labels, ``dice``; if the policy sees structures by
+            itself, ``seen_dice``, by what it saw in both images before the first step.
         taken: number of steps.
         refinement: its figures, if there was one.
     """
@@ -54,15 +62,16 @@ def take_steps(
         bundle: policy and task.
         working: the pair.
         limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number, when a step gains less
-            than :data:`GAIN` in similarity, which is the Dice of structures that the policy sees, else local NCC; a
-            step that loses is taken back.
+            than :data:`GAIN` in Dice of the structures that the policy sees or, if it sees none, less than the
+            similarity's own threshold; a step that loses is taken back.
         refine_seconds: most wall time of the refinement; 0 for none.
         tick: called after each step.
     """
     image = working.image.as_tensor()[None]
     labels = {"dice": None if working.label is None else working.label[None].to(bundle.device)}
     labels["seen_dice"] = seen = bundle.see(image)
-    measure = "ncc" if seen is None else "seen_dice"
+    similarity = bundle.similarity
+    measure, least = (similarity.name, similarity.gain) if seen is None else ("seen_dice", GAIN)
     warp = Warp("nearest", "border")
     history: list[Tensor] = []
     curve: list[dict[str, float]] = []
@@ -71,7 +80,7 @@ def take_steps(
     def note(now: State) -> None:
         field = bundle.task.output(now)
         history.append(field[0].cpu())
-        curve.append({"ncc": float(local_ncc(now["moved"], now["fixed"]))})
+        curve.append({similarity.name: float(similarity(now["moved"], now["fixed"]))})
         for key, label in labels.items():
             if label is not None:
                 moved = warp(label[:, 1:].float(), field).round()
@@ -89,17 +98,44 @@ def take_steps(
             curve.pop()
             break
         state = now
-        if limit == "auto" and gain < GAIN:
+        if limit == "auto" and gain < least:
             break
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
-        if seen is not None:
-            state = state | {"fixed_label": seen[:, :1], "moving_label": seen[:, 1:]}
-        refined = refine(bundle.refinement_task(), state, bundle.network, seconds=refine_seconds)
+        proximity = 0.0 if seen is None else PROXIMITY
+        task = bundle.refinement_task()
+        refined = refine(task, state, bundle.network, seconds=refine_seconds, proximity=proximity)
         note(refined.state)
         figures = {"loss_before": refined.loss_before, "loss_after": refined.loss_after}
         figures |= {"iterations": refined.iterations, "seconds": round(refined.seconds, 3)}
     return Steps(history, curve, taken, figures)
+
+
+def alignment_helps(bundle: PolicyBundle, fixed: MetaTensor, moving: MetaTensor, alignment: Tensor) -> bool:
+    """Return whether the policy itself gets on better from an initial alignment than from the images as they lie.
+
+    Resampling by an affine blurs the moving image and cuts it off, so that the policy sees less in it. Where it gets
+    there by its own steps, an alignment costs accuracy, however much it raises the correlation. A policy that sees no
+    structures cannot tell, and takes it.
+
+    Args:
+        bundle: policy and task.
+        fixed: (1, *spatial).
+        moving: (1, *spatial).
+        alignment: (4, 4), from fixed to moving space, RAS millimetres.
+    """
+    if not bundle.sees:
+        return True
+
+    def seen_after(initial: Tensor) -> float:
+        working = WorkingPair.make(bundle, fixed, moving, None, None, initial)
+        return take_steps(bundle, working, TRIAL_STEPS).curve[-1]["seen_dice"]
+
+    try:
+        alone = seen_after(torch.eye(4, dtype=torch.float64))
+    except InputError:  # no overlap
+        return True
+    return alone < LEAST_SEEN or seen_after(alignment) > alone + TRIAL_GAIN
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from monai_rl_reg.geometry import (
     world_box,
 )
 from monai_rl_reg.nifti import name_of, read_image, read_label
+from monai_rl_reg.similarity import Similarity, correlation, mutual_information
 
 ALIGNMENTS = ("auto", "world", "centre")
 
@@ -58,7 +59,8 @@ class MovingToFixedGridd(Transform):
 
     Each image lies where its affine says. ``align`` says how the pair is brought together first: ``world`` takes the
     affines at their word, ``centre`` shifts the moving image so that the two grids' centres meet, and ``auto`` takes
-    the one of the two with the higher correlation of intensities. The shift becomes part of the final displacement.
+    the one of the two with the higher correlation of intensities or, of two modalities, mutual information. The shift
+    becomes part of the final displacement.
 
     Out of ``fixed, moving[, fixed_label, moving_label]`` come ``image`` (2, *spatial), ``label`` (2, *spatial),
     and ``initial``, the (4, 4) world transform from fixed to moving space that was applied. With ``spatial_size`` in
@@ -67,15 +69,17 @@ class MovingToFixedGridd(Transform):
 
     Args:
         align: ``auto``, ``world`` or ``centre``.
+        similarity: says whether the images are of one modality; by default they are.
 
     Raises:
         InputError: if the images do not overlap in space (and ``align`` is not ``centre``).
     """
 
-    def __init__(self, align: str = "auto") -> None:
+    def __init__(self, align: str = "auto", similarity: Similarity | None = None) -> None:
         if align not in ALIGNMENTS:
             raise InputError(f"align: expected one of {', '.join(ALIGNMENTS)}, found {align!r}")
         self.align = align
+        self.measure = correlation if similarity is None or similarity.one_modality else mutual_information
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the pair on one grid."""
@@ -97,7 +101,7 @@ class MovingToFixedGridd(Transform):
         for initial in candidates:
             moving_index = transform_points(to_moving, carry(initial, world)).float()
             moving_on_grid = sample(moving.as_tensor(), moving_index)
-            score = _correlation(fixed_on_grid, moving_on_grid) if len(candidates) > 1 else 0.0
+            score = self.measure(fixed_on_grid, moving_on_grid) if len(candidates) > 1 else 0.0
             if best is None or score > best[0] + 1e-6:
                 best = (score, initial, moving_index, moving_on_grid)
         assert best is not None
@@ -240,11 +244,6 @@ def displacement_on_grid(
     # components in millimetres first, then resampled: voxel vectors of one grid mean nothing on another
     moved = world + sample(millimetres, on_working).to(index.dtype)
     return carry(initial, moved) - world
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    a, b = a.flatten() - a.mean(), b.flatten() - b.mean()
-    return float((a @ b) / (a.norm() * b.norm()).clamp(min=1e-12))
 
 
 def _box(low: Tensor, high: Tensor) -> str:

@@ -51,7 +51,9 @@ def make_result(
     voxels = torch.tensordot(linear, u(world), dims=1).float()
     working = torch.cat([image / image.max(), sample(moving, before, outside="zeros") / moving.max()])
     history = [voxels * i / steps for i in range(steps + 1)]
-    moved_label = sample(unmoved_label, after, mode="nearest", outside="zeros").to(torch.uint8)
+    at_start, moved_label = (
+        sample(unmoved_label, at, mode="nearest", outside="zeros").to(torch.uint8) for at in (before, after)
+    )
     curve = []
     for now in history:
         moved = Warp("bilinear", "border")(working[None, 1:], now[None])
@@ -65,6 +67,7 @@ def make_result(
         displacement=MetaTensor(u(world).float(), affine=affine),
         inverse_displacement=MetaTensor(v(world).float(), affine=affine),
         moved_label=MetaTensor(moved_label, affine=affine) if labels else None,
+        unmoved_label=MetaTensor(at_start, affine=affine) if labels else None,
         fixed_label=MetaTensor(label, affine=affine) if labels else None,
         uncertainty=MetaTensor(0.1 * u(world).norm(dim=0, keepdim=True).float(), affine=affine),
         working=MetaTensor(working, affine=affine),
@@ -73,6 +76,7 @@ def make_result(
         quality={
             "fixed": f"/folder/{'a_long_name' * 9}.nii.gz",
             "moving": "moving.nii.gz",
+            "similarity": "ncc",
             "ncc_before": curve[0]["ncc"],
             "ncc_after": curve[-1]["ncc"],
             "dice_before": curve[0]["dice"],

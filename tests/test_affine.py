@@ -12,7 +12,6 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_rl_reg.affine import align
-from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import carry, identity_grid, reduced, sample, transform_points
 from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.nifti import read_volume
@@ -47,11 +46,11 @@ def phantom() -> MetaTensor:
     return MetaTensor(image, affine=affine)
 
 
-@pytest.mark.parametrize("similarity", ["correlation", "mutual_information"])
-def test_a_known_motion_is_found(phantom: MetaTensor, similarity: str) -> None:
+@pytest.mark.parametrize("one_modality", [True, False])
+def test_a_known_motion_is_found(phantom: MetaTensor, one_modality: bool) -> None:
     motion = posed(phantom.affine, phantom.shape[1:], 20, 25, seed=1)
     moving = MetaTensor(phantom.as_tensor(), affine=motion @ phantom.affine.double())
-    found = align(phantom, moving, similarity=similarity)
+    found = align(phantom, moving, one_modality=one_modality)
     assert found.kind in ("rigid", "affine")
     assert found.correlation_before < 0.5 < 0.98 < found.correlation_after
     assert distance(found.transform, motion, phantom) < 1.0  # of voxels of about 1 mm
@@ -101,9 +100,16 @@ def test_thin_slabs_do_not_fail(phantom: MetaTensor) -> None:
     assert torch.isfinite(align(thin, phantom).transform).all()
 
 
-def test_unknown_similarity(phantom: MetaTensor) -> None:
-    with pytest.raises(InputError, match="expected one of correlation, mutual_information, found 'beauty'"):
-        align(phantom, phantom, similarity="beauty")
+def test_a_known_motion_is_found_between_two_modalities(phantom: MetaTensor) -> None:
+    image = phantom.as_tensor()
+    low, high = image.quantile(0.01), image.quantile(0.99)
+    scaled = ((image - low) / (high - low)).clamp(0, 1)
+    other = (2 * scaled - 0.9).abs()  # dark and bright change places with the middle: no function of the correlation
+    motion = posed(phantom.affine, phantom.shape[1:], 15, 12, seed=1)
+    moving = MetaTensor(other, affine=motion @ phantom.affine.double())
+    found = align(phantom, moving, one_modality=False)
+    assert distance(found.transform, motion, phantom) < 1.0
+    assert distance(align(phantom, moving).transform, motion, phantom) > 3.0
 
 
 @pytest.mark.skipif(not BRAINS.is_dir(), reason=f"needs the brains in {BRAINS}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,11 @@ import nibabel as nib
 import pytest
 import torch
 
-from monai_rl_reg.batch import read_jobs, register_pairs
+from monai_rl_reg.batch import _write_share, read_jobs, register_pairs
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.phantoms import make_case
-from monai_rl_reg.registration import Registrar
-from monai_rl_reg.request import Options
+from monai_rl_reg.registration import Registrar, Registration
+from monai_rl_reg.request import Options, Pair
 
 QUICK = Options(steps=1)
 
@@ -62,7 +63,7 @@ def test_a_folder_and_a_row_a_pair(pairs: Path, registrar: Registrar, tmp_path: 
     written = table(out)
     assert [row["status"] for row in written] == ["done", "done", "failed", "done"]
     assert f"{pairs.parent / 'broken.nii.gz'}: expected an image file that can be read" in written[2]["reason"]
-    assert written[2]["ncc_after"] == ""
+    assert written[2]["similarity_after"] == ""
     for row in (written[0], written[1]):
         quality = json.loads((out / row["name"] / "quality.json").read_text(encoding="utf-8"))
         assert float(row["dice_after"]) == pytest.approx(quality["dice_after"], rel=1e-5)
@@ -85,6 +86,51 @@ def test_resume_skips_what_is_complete(pairs: Path, registrar: Registrar, tmp_pa
     assert json.loads((out / "0003" / "quality.json").read_text(encoding="utf-8"))["moving"].endswith("1.nii.gz")
     assert after[0] == before[0]
     assert [row["status"] for row in after] == ["done", "done", "failed", "done"]
+
+
+def test_resume_registers_again_what_was_made_otherwise(pairs: Path, registrar: Registrar, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stamps: dict[str, int] = {}
+
+    def again(options: Options = QUICK, by: Registrar = registrar) -> set[str]:
+        register_pairs(pairs, out, by, options, resume=True, progress=False)
+        now = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/quality.json")}
+        changed = {name for name in now if now[name] != stamps.get(name)}
+        stamps.update(now)
+        return changed
+
+    every = {"0000", "second", "0003"}
+    assert again() == every
+    assert again() == set()
+    label = nib.load(pairs.parent / "0_label.nii.gz")
+    nib.save(nib.Nifti1Image(label.get_fdata().astype("uint8")[::-1], label.affine), pairs.parent / "0_label.nii.gz")
+    assert again() == {"0000", "0003"}
+    assert again(Options(steps=2)) == every
+    weights = tmp_path / "model.pt"
+    shutil.copy(registrar.bundle().ckpt, weights)
+    assert again(Options(steps=2), Registrar(ckpt=weights, device="cpu")) == every
+
+
+def test_the_table_grows_with_the_pairs(
+    pairs: Path, registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out, seen = Registrar.register, tmp_path / "out", []
+
+    def register(self: Registrar, pair: Pair, options: Options) -> Registration:
+        seen.append([row["name"] for row in table(out)] if (out / "summary.csv").exists() else [])
+        return real(self, pair, options)
+
+    monkeypatch.setattr(Registrar, "register", register)
+    monkeypatch.setattr("monai_rl_reg.batch.EVERY", 0.0)
+    register_pairs(pairs, out, registrar, QUICK, progress=False)
+    assert seen == [[], ["0000"], ["0000", "second", "0002"]]
+
+
+def test_the_table_so_far_has_the_rows_of_all_processes(tmp_path: Path) -> None:
+    jobs = [{"name": name} for name in "abcd"]
+    _write_share(tmp_path, [{"name": "b", "status": "failed"}], jobs, 1)
+    _write_share(tmp_path, [{"name": "a", "status": "done"}, {"name": "c", "status": "done"}], jobs, 0)
+    assert [(row["name"], row["status"]) for row in table(tmp_path)] == [("a", "done"), ("b", "failed"), ("c", "done")]
 
 
 def test_a_defect_fails_its_pair_alone(
@@ -149,5 +195,6 @@ def test_two_processes_share_the_pairs_and_get_the_same(pairs: Path, tmp_path: P
     rows = [table(tmp_path / name) for name in ("alone", "together")]
     for one, two in zip(*rows, strict=True):
         assert one | {"seconds": ""} == two | {"seconds": ""}
+    assert not list((tmp_path / "together").glob(".summary*"))
     assert len(arrays(tmp_path / "alone")) == 9
     assert arrays(tmp_path / "alone") == arrays(tmp_path / "together")

@@ -11,6 +11,7 @@ from torch import Tensor
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss, SoftActorCriticLoss
 from monai_rl_reg.networks import PlannerActor, TwinCritic
 from monai_rl_reg.rollout import Transition
+from monai_rl_reg.similarity import LocalNCC
 from monai_rl_reg.tasks.registration import RegistrationTask
 
 PARTS = ("policy.planner", "policy.actor", "critic", "log_temperature")
@@ -61,7 +62,7 @@ def test_box_ncc_refuses_another_number_of_dimensions() -> None:
 def make_loss(**options: Any) -> SoftActorCriticLoss:
     policy = PlannerActor(2, 2, 2, channels=(8, 16), plan_channels=4)
     critic = TwinCritic(2, 2, 4, channels=(8, 16))
-    return SoftActorCriticLoss(policy, critic, RegistrationTask(2, ncc_window=3), **options)
+    return SoftActorCriticLoss(policy, critic, RegistrationTask(2, similarity=LocalNCC(2, window=3)), **options)
 
 
 def make_transition(loss: SoftActorCriticLoss, *, terminated: bool = False) -> Transition:

@@ -15,8 +15,8 @@ from torch import Tensor
 from monai_rl_reg.geometry import identity_grid, jacobian_determinant
 from monai_rl_reg.metrics import (
     FoldedPercentMetric,
-    LocalNCCMetric,
     LogJacobianStdMetric,
+    SimilarityMetric,
     TargetRegistrationErrorMetric,
     folded_percent,
     label_dice,
@@ -25,6 +25,7 @@ from monai_rl_reg.metrics import (
     mean_label_dice,
     target_registration_error,
 )
+from monai_rl_reg.similarity import LocalNCC
 
 SIZES = [(9, 12), (8, 6, 7)]
 
@@ -198,7 +199,7 @@ def test_landmarks_of_another_shape_are_refused(landmarks: Tensor | None) -> Non
 
 def test_local_ncc_metric_needs_the_fixed_images() -> None:
     with pytest.raises(ValueError, match="fixed images"):
-        LocalNCCMetric()(torch.rand(1, 1, 8, 8))
+        SimilarityMetric()(torch.rand(1, 1, 8, 8))
 
 
 def test_metric_without_pairs_cannot_be_aggregated() -> None:
@@ -212,7 +213,13 @@ LANDMARKS = 11 * torch.rand(3, 4, 2, 2, generator=torch.Generator().manual_seed(
 METRICS = [
     (FoldedPercentMetric, {}, FIELDS, IMAGES, folded_percent(FIELDS)),
     (LogJacobianStdMetric, {}, FIELDS, IMAGES, log_jacobian_std(FIELDS)),
-    (LocalNCCMetric, {"kernel_size": 5}, IMAGES.flip(2), IMAGES, local_ncc(IMAGES.flip(2), IMAGES, 5)),
+    (
+        SimilarityMetric,
+        {"similarity": LocalNCC(2, window=5)},
+        IMAGES.flip(2),
+        IMAGES,
+        local_ncc(IMAGES.flip(2), IMAGES, 5),
+    ),
 ]
 
 

@@ -49,6 +49,17 @@ def test_the_loss_falls_and_the_images_agree_more(stride: int) -> None:
     assert not done.state["displacement"].requires_grad
 
 
+def test_proximity_keeps_the_field_near_where_it_began() -> None:
+    task = RegistrationTask(3, field_stride=2, fold_weight=10.0)
+    start = task.reset(pair())
+    free, held = (refine(task, start, unused, iterations=30, proximity=p).state for p in (0.0, 10.0))
+    lengths = [float(state["displacement"].norm(dim=1).mean()) for state in (free, held)]
+    assert 0 < lengths[1] < 0.5 * lengths[0]
+    roughness = [float(task.smoothness(state["displacement"])) for state in (free, held)]
+    assert roughness[1] < 0.1 * roughness[0]
+    assert loss_of(task, held) < loss_of(task, start) - 1e-3
+
+
 def test_it_is_never_worse_than_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monai_rl_reg.refinement.LEARNING_RATE", 50.0)  # every iteration makes it worse
     task = RegistrationTask(3)

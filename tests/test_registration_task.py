@@ -19,6 +19,7 @@ from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import local_ncc
 from monai_rl_reg.networks import PlannerActor
+from monai_rl_reg.similarity import LocalNCC
 from monai_rl_reg.tasks.registration import UNLABELLED, RegistrationTask
 from monai_rl_reg.tasks.task import State
 
@@ -141,7 +142,7 @@ def test_reward_without_labels_is_ten_times_the_gain_in_ncc(
     size: tuple[int, ...], labelled: bool, dice_reward: bool
 ) -> None:
     image = random_pair(size)
-    task = RegistrationTask(len(size), ncc_window=5, dice_reward=dice_reward)
+    task = RegistrationTask(len(size), similarity=LocalNCC(len(size), window=5), dice_reward=dice_reward)
     state = task.reset(image, random_labels(size) if labelled else None)
     after, reward, _ = task.step(state, smooth_action(size, batch=2, amplitude=0.2))
     assert (jacobian_determinant(after["displacement"]) > 0).all()
@@ -233,7 +234,7 @@ def test_loss_names_its_terms(size: tuple[int, ...], dice_weight: float, names: 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_loss_terms_judge_the_state_after_the_step(size: tuple[int, ...]) -> None:
-    task = RegistrationTask(len(size), ncc_window=5, smoothness_weight=3.0)
+    task = RegistrationTask(len(size), similarity=LocalNCC(len(size), window=5), smoothness_weight=3.0)
     state = task.advance(task.reset(random_pair(size)), smooth_action(size, batch=2))
     action = smooth_action(size, batch=2)
     after = task.advance(state, action)
@@ -256,7 +257,7 @@ def test_ncc_term_is_the_mean_over_its_scales(size: tuple[int, ...]) -> None:
     ncc = BoxLocalNormalizedCrossCorrelationLoss(len(size), 5)
     half = pool(image, 2)
     expected = (ncc(image[:, 1:], image[:, :1]) + ncc(half[:, 1:], half[:, :1])) / 2
-    task = RegistrationTask(len(size), ncc_window=5, ncc_scales=2)
+    task = RegistrationTask(len(size), similarity=LocalNCC(len(size), window=5, scales=2))
     terms = task.loss(task.reset(image), constant_action(0, size, batch=2), no_policy)
     torch.testing.assert_close(terms["ncc"], expected)
 
@@ -291,7 +292,9 @@ def test_nested_labels_count_the_higher_values_in(size: tuple[int, ...]) -> None
 def test_ncc_term_follows_its_weight() -> None:
     state = RegistrationTask(2).reset(random_pair(SIZES[0]))
     action = smooth_action(SIZES[0], batch=2)
-    whole, half, none = (RegistrationTask(2, ncc_weight=w).loss(state, action, no_policy) for w in (1.0, 0.5, 0.0))
+    whole, half, none = (
+        RegistrationTask(2, similarity_weight=w).loss(state, action, no_policy) for w in (1.0, 0.5, 0.0)
+    )
     torch.testing.assert_close(half["ncc"], whole["ncc"] / 2)
     assert set(none) == {"smoothness"}
 

@@ -26,8 +26,7 @@ import numpy as np
 from PIL import Image
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.geometry import jacobian_determinant, reduced, sample, transform_points
-from monai_rl_reg.metrics import mean_label_dice
+from monai_rl_reg.geometry import jacobian_determinant
 from monai_rl_reg.report import MOST_FRAMES, write_report
 from monai_rl_reg.report_sections import Pictures
 
@@ -152,13 +151,13 @@ def test_warnings_are_shown_and_nothing_in_them_is_markup(result: Registration, 
 
 
 def test_what_is_not_there_has_no_section(result: Registration, tmp_path: Path) -> None:
-    bare = replace(result, moved_label=None, fixed_label=None, uncertainty=None, inverse_displacement=None)
+    bare = replace(result, moved_label=None, unmoved_label=None, fixed_label=None, uncertainty=None)
     bare = replace(bare, history=result.history[:1], curve=[{"ncc": 0.5}], quality={})
     page = report(bare, tmp_path)
     assert page.headings == [
         "Blend", "Images", "Checkerboard", "Difference", "Deformed grid", "Local change of size", "All figures",
     ]  # fmt: skip
-    only_moved = replace(result, fixed_label=None, inverse_displacement=None)
+    only_moved = replace(result, fixed_label=None, unmoved_label=None)
     page = report(only_moved, tmp_path)
     assert page.pictures("Label outlines") == [f"Label outlines: After, {plane} plane" for plane in PLANES]
 
@@ -206,17 +205,20 @@ def test_before_and_after_show_what_they_say(page: Page, result: Registration) -
     assert energy["After"] < 0.5 * energy["Before"]
 
 
-def test_labels_before_are_read_off_the_moved_ones() -> None:
-    result, label = make_result(3, size=32, amplitude=3.0)
-    pictures = Pictures(result)  # type: ignore[arg-type]
-    moving_affine = torch.linalg.inv(reduced(result.moving.affine, 3))
-    for plane in pictures.grid.planes:
-        at = transform_points(moving_affine, pictures._world(plane)).float()
-        truth = sample(label, at, mode="nearest", outside="zeros")
-        read = pictures._label_before(plane)[None]
-        after = pictures._moved_label_cut(plane)[None]
-        assert float(mean_label_dice(read[None], truth[None])) > 0.82
-        assert float(mean_label_dice(after[None], truth[None])) < 0.6
+def test_outlines_before_and_after_are_those_of_the_labels(
+    result: Registration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr("monai_rl_reg.panels.outlines", lambda axes, label, colour, **style: drawn.append(label))
+    monkeypatch.setattr("monai_rl_reg.panels.grey", lambda axes, image, **style: None)
+    pictures = Pictures(result)
+    outlines = next(section for section in pictures.sections() if section.title == "Label outlines")
+    for row, label in zip(outlines.rows, (result.unmoved_label, result.moved_label), strict=True):
+        for plane in pictures.grid.planes:
+            row.draw(plane)(None)  # type: ignore[arg-type]
+            for name, found in zip((result.fixed_label, label), drawn[-2:], strict=True):
+                assert name is not None
+                assert torch.equal(found, pictures.grid.cut(name.as_tensor(), plane, pictures.point)[0])
 
 
 def test_an_initial_alignment_is_shown(result: Registration, tmp_path: Path) -> None:

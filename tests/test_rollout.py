@@ -8,6 +8,7 @@ from torch import Tensor
 
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.rollout import follow, rollout
+from monai_rl_reg.similarity import LocalNCC
 from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import Act, State, Task
 
@@ -130,7 +131,7 @@ def test_rollout_without_sampling_and_follow_take_the_same_steps() -> None:
 
 
 def test_registration_episodes_freeze_as_well() -> None:
-    task = RegistrationTask(2, ncc_window=3)
+    task = RegistrationTask(2, similarity=LocalNCC(2, window=3))
     label = torch.randint(0, 3, (3, 2, 9, 7))
     label[1, 1] = label[1, 0]
     policy = make_policy()
@@ -172,7 +173,7 @@ def test_follow_does_not_judge() -> None:
 
 
 def test_training_goes_on_after_following_with_the_same_task() -> None:
-    policy, task = make_policy(), RegistrationTask(2, ncc_window=3)
+    policy, task = make_policy(), RegistrationTask(2, similarity=LocalNCC(2, window=3))
     image = torch.rand(1, 2, 9, 7)
     list(follow(policy, task, task.reset(image), 2))
     state = task.reset(image)

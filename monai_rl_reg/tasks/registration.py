@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import compose, jacobian_determinant
-from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
-from monai_rl_reg.metrics import local_ncc, mean_label_dice
+from monai_rl_reg.metrics import mean_label_dice
+from monai_rl_reg.similarity import LocalNCC, Similarity
 from monai_rl_reg.tasks.task import Act, State, Task
 
 FOLD_MARGIN = 0.1
@@ -36,8 +36,8 @@ class RegistrationTask(Task):
 
         score = reward_scale * (similarity - fold_penalty * share of folded voxels)
 
-    with similarity = mean Dice over the fixed image's labels where labels are given (and ``dice_reward``), else local
-    NCC; both lie in [0, 1]. An episode terminates when Dice exceeds ``success``.
+    with similarity = mean Dice over the fixed image's labels where labels are given (and ``dice_reward``), else that of
+    the images. An episode terminates when Dice exceeds ``success``.
 
     Args:
         spatial_dims: 2 or 3.
@@ -45,16 +45,15 @@ class RegistrationTask(Task):
             ``action_stride``.
         anatomy: sees the labelled structures in one image; what it sees in both is observed beside the images, and
             its own loss is part of the task's. None observes the images alone.
-        ncc_window: window of the local NCC in voxels, odd.
-        ncc_scales: levels of the NCC pyramid of the task loss; every level halves the images.
-        ncc_weight: weight of the NCC term of the task loss; 0 leaves it out.
+        similarity: of the images, in the task loss and the reward; by default :class:`LocalNCC`.
+        similarity_weight: its weight in the task loss; 0 leaves it out.
         smoothness_weight: weight of the diffusion regulariser on the composed field, in voxels of its grid.
         fold_weight: weight of the hinge on Jacobian determinants under a small margin, mean over the voxels.
         dice_weight: weight of the soft Dice term of the task loss; 0 keeps labels out of it.
         label_weights: weights of the label values in the soft Dice term, in ascending order; None weighs all alike.
         dice_sharpness: in the soft Dice term a voxel counts as wholly inside a moved region from a cover of
             1 / ``dice_sharpness`` on: 2 where the regions will be compared by a threshold.
-        dice_reward: False rewards the gain in NCC even where labels are given.
+        dice_reward: False rewards the gain in the images' similarity even where labels are given.
         nested_labels: the region of a label value is what has this value or a higher one, as a tumour's core lies in
             the tumour, or the core of a stroke in its soft edge; False takes each value as a region of its own.
         reward_scale: factor on the reward.
@@ -68,9 +67,8 @@ class RegistrationTask(Task):
         *,
         field_stride: int = 1,
         anatomy: Anatomy | None = None,
-        ncc_window: int = 9,
-        ncc_scales: int = 1,
-        ncc_weight: float = 1.0,
+        similarity: Similarity | None = None,
+        similarity_weight: float = 1.0,
         smoothness_weight: float = 2.0,
         fold_weight: float = 0.0,
         dice_weight: float = 0.0,
@@ -86,9 +84,8 @@ class RegistrationTask(Task):
         self.spatial_dims = spatial_dims
         self.field_stride = field_stride
         self.anatomy = anatomy
-        self.ncc_window = ncc_window
-        self.ncc_scales = ncc_scales
-        self.ncc_weight = ncc_weight
+        self.similarity = LocalNCC(spatial_dims) if similarity is None else similarity
+        self.similarity_weight = similarity_weight
         self.smoothness_weight = smoothness_weight
         self.fold_weight = fold_weight
         self.dice_weight = dice_weight
@@ -100,7 +97,6 @@ class RegistrationTask(Task):
         self.success = success
         self.warp = Warp("bilinear", "border")
         self.warp_label = Warp("nearest", "border")
-        self.ncc = BoxLocalNormalizedCrossCorrelationLoss(spatial_dims, ncc_window)
         self.smoothness = DiffusionLoss()
         # squared: regions of partly covered voxels then agree best with themselves
         self.dice = DiceLoss(weight=label_weights, squared_pred=field_stride > 1)
@@ -173,16 +169,16 @@ class RegistrationTask(Task):
         return after, self.reward_scale * (after["score"] - before), dice > self.success
 
     def loss(self, state: State, action: Tensor, act: Act) -> dict[str, Tensor]:
-        """Return smoothness and, by their weights, multi-scale local NCC and soft Dice, all after the step.
+        """Return smoothness and, by their weights, similarity, under its name, folds and soft Dice, after the step.
 
         Raises:
             InputError: if ``dice_weight`` asks for labels and there are none.
         """
         displacement = compose(state["displacement"], action, self.warp)
         terms = {"smoothness": self.smoothness_weight * self.smoothness(displacement)}
-        if self.ncc_weight > 0:
+        if self.similarity_weight > 0:
             moved = self.warp(state["moving"], self._full(displacement, state["moving"]))
-            terms["ncc"] = self.ncc_weight * self._multi_scale_ncc(moved, state["fixed"])
+            terms[self.similarity.name] = -self.similarity_weight * self.similarity(moved, state["fixed"]).mean()
         if self.fold_weight > 0:
             terms["folds"] = self.fold_weight * F.relu(FOLD_MARGIN - jacobian_determinant(displacement)).mean()
         if self.dice_weight > 0:
@@ -249,16 +245,8 @@ class RegistrationTask(Task):
             dice = dice.where(~known, mean_label_dice(moved, fixed, nested=self.nested_labels))
         similarity = dice
         if dice.isnan().any():  # no labels, or none in this fixed image
-            similarity = torch.where(dice.isnan(), local_ncc(state["moved"], state["fixed"], self.ncc_window), dice)
+            similarity = torch.where(dice.isnan(), self.similarity(state["moved"], state["fixed"]), dice)
         return similarity - self.fold_penalty * folded, dice
-
-    def _multi_scale_ncc(self, moved: Tensor, fixed: Tensor) -> Tensor:
-        pool = F.avg_pool3d if self.spatial_dims == 3 else F.avg_pool2d
-        total = self.ncc(moved, fixed)
-        for _ in range(self.ncc_scales - 1):
-            moved, fixed = pool(moved, 2), pool(fixed, 2)
-            total = total + self.ncc(moved, fixed)
-        return total / self.ncc_scales
 
     def _soft_dice(self, state: State, displacement: Tensor) -> Tensor:
         known = _labelled(state["fixed_label"], state["moving_label"])

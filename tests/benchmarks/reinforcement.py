@@ -87,7 +87,7 @@ class Judge:
 
     def ncc(self, state: dict[str, Tensor]) -> float:
         """Return the local NCC of the moved image."""
-        return -float(self.task.ncc(state["moved"], state["fixed"]))
+        return float(self.task.similarity(state["moved"], state["fixed"]))
 
     def value(self, observation: Tensor, plan: Tensor) -> Tensor:
         """Return the smaller critic's value of plans in one state."""
