@@ -353,8 +353,8 @@ def test_pairs_without_both_labels_are_left_out_of_what_labels_tell(lacking: str
     unjudged = RegistrationTask(2)
     torch.testing.assert_close(reward[1:], unjudged.step(other, action[1:])[1])  # by NCC
     assert not terminated[1]
-    seen = torch.cat([image[:1, :1], image[:1, 1:], image[1:, 1:] if lacking == "fixed" else image[1:, :1]])
-    known = torch.cat([label[:1, :1], label[:1, 1:], label[1:, 1:] if lacking == "fixed" else label[1:, :1]])
+    have = [0, 1, 2] if lacking == "moving" else [0, 2, 3]  # of both fixed images, then both moving ones
+    seen, known = (torch.cat(x.split(1, dim=1))[have] for x in (image, label))
     torch.testing.assert_close(task.own_loss(both)["anatomy"], anatomy.loss(seen, known))
 
 
