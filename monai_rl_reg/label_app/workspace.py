@@ -34,8 +34,8 @@ class Workspace:
     Args:
         store: MONAI Label's datastore.
         conf: of the server: ``labels``, names of the labels; ``output``, folder for results and weights, by default
-            beside the studies, with ``_rl_reg`` behind their name; ``bundle``, ``device``, and ``ckpt``, weights to take
-            for the bundle's own.
+            beside the studies, with ``_rl_reg`` behind their name; ``bundle``, ``device``, and ``ckpt``, weights that
+            take the place of the bundle's own.
 
     Raises:
         InputError: if a file or folder of these is not there.
