@@ -209,7 +209,7 @@ class PairDataset(Dataset[Any]):
             logger.warning("labels are not compared: %d of %d cases have one, expected all or none", count, len(cases))
         self.labels: list[int] = []
         if self.labelled:
-            found = [set(self.cases[i]["label_values"]) for i in range(len(cases))]
+            found = [set(self.cases[i]["values"]) for i in range(len(cases))]
             if labels is None:
                 self.check_labels(found)
             self.labels = sorted(set().union(*found)) if labels is None else list(labels)
@@ -233,9 +233,9 @@ class PairDataset(Dataset[Any]):
             if self.augment is not None:
                 case = self._augmented(case)
             item[role] = case["image"]
-            item[f"{role}_file"] = case["image_file"]
+            item[f"{role}_file"] = case["file"]
             if "label" in case:
-                item[f"{role}_label_file"] = case["label_file"]
+                item[f"{role}_label_file"] = case["file_of_label"]
             if self.labelled:
                 item[f"{role}_label"] = self._indexed(case["label"])
         return self.transform(item)
