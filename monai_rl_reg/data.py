@@ -214,7 +214,7 @@ class PairDataset(Dataset[Any]):
             logger.warning("labels are not compared: %d of %d cases have one, expected all or none", count, len(cases))
         self.labels: list[int] = []
         if self.labelled:
-            found = [set(self.cases[i].get("label_values", [])) for i in range(len(cases))]
+            found = [set(self.cases[i].get("values", [])) for i in range(len(cases))]
             if labels is None:
                 self.check_labels(found)
             self.labels = sorted(set().union(*found)) if labels is None else list(labels)
@@ -238,9 +238,9 @@ class PairDataset(Dataset[Any]):
             if self.augment is not None:
                 case = self._augmented(case)
             item[role] = case["image"]
-            item[f"{role}_file"] = case["image_file"]
+            item[f"{role}_file"] = case["file"]
             if "label" in case and not self.mixed:  # the items of a batch have the same keys
-                item[f"{role}_label_file"] = case["label_file"]
+                item[f"{role}_label_file"] = case["file_of_label"]
             if self.labelled:
                 known = "label" in case
                 item[f"{role}_label"] = (

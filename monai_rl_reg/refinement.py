@@ -80,7 +80,7 @@ def refine(
     roughness = DiffusionLoss()
     with torch.enable_grad():
         action.requires_grad_()
-        optimiser = torch.optim.Adam([action], lr=LEARNING_RATE)
+        optimiser = torch.optim.Adam([action], lr=LEARNING_RATE / (1 + proximity))  # a steeper bowl, a shorter step
         while True:
             loss = torch.stack(list(task.loss(state, action, act).values())).sum()
             if proximity > 0:

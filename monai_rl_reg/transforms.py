@@ -32,7 +32,8 @@ ALIGNMENTS = ("auto", "world", "centre")
 class LoadCased(Transform):
     """Read ``image`` and, where there is one, ``label`` of a case, with every check of :mod:`monai_rl_reg.nifti`.
 
-    Adds ``image_file``, ``label_file`` and ``label_values``, the label values found.
+    Adds ``file``, ``file_of_label`` and ``values``, the label values found. (Names that begin with ``image_`` or
+    ``label_`` MONAI's ``Spacingd`` takes for dictionaries of metadata.)
 
     Args:
         spatial_dims: 2 or 3.
@@ -45,12 +46,12 @@ class LoadCased(Transform):
         """Return the case with tensors (1, *spatial) in place of the paths, or whatever else can be read."""
         case = dict(data)
         path = case["image"]
-        case["image_file"] = name_of(path)
+        case["file"] = name_of(path)
         case["image"] = read_image(path, spatial_dims=self.spatial_dims)
         if "label" in case:
-            label, case["label_file"] = case["label"], name_of(case["label"])
+            label, case["file_of_label"] = case["label"], name_of(case["label"])
             case["label"] = read_label(label, case["image"], path, spatial_dims=self.spatial_dims)
-            case["label_values"] = [int(v) for v in torch.unique(case["label"].as_tensor()) if v > 0]
+            case["values"] = [int(v) for v in torch.unique(case["label"].as_tensor()) if v > 0]
         return case
 
 

@@ -16,6 +16,8 @@ from monai_rl_reg.geometry import carry, identity_grid, reduced, sample, transfo
 from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.nifti import read_volume
 from monai_rl_reg.phantoms import make_case
+from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.stepping import alignment_helps
 
 BRAINS = DATA / "brain_oasis35"
 
@@ -136,4 +138,6 @@ def test_brains_moved_apart_come_together_as_well_as_in_place(fixed: int, moving
     m, m_label = (MetaTensor(x.as_tensor(), affine=motion @ x.affine.double()) for x in (m, m_label))
     apart = dice(torch.eye(4, dtype=torch.float64), m_label)
     assert apart < 0.05
-    assert dice(align(f, m).transform, m_label) > max(0.35, in_place - 0.01)
+    found = align(f, m).transform
+    assert dice(found, m_label) > max(0.35, in_place - 0.01)
+    assert alignment_helps(PolicyBundle(device="cpu"), f, m, found)  # a policy that knows no brains gives nothing up

@@ -12,11 +12,12 @@ import SimpleITK as sitk
 import torch
 from conftest import CONFIGS
 from monai.bundle import ConfigParser
+from monai.transforms import Spacingd
 from monai.transforms.utils import create_rotate
 from torch.nn import functional as F
 
 from monai_rl_reg.handlers import write_result
-from monai_rl_reg.transforms import FinishOnFixedGridd, MovingToFixedGridd
+from monai_rl_reg.transforms import FinishOnFixedGridd, LoadCased, MovingToFixedGridd
 
 
 def oblique(
@@ -68,6 +69,15 @@ def result(pair: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path)
     item["pred"] = 1.5 * F.interpolate(noise, item["image"].shape[1:], mode="trilinear")[0]
     write_result(tmp_path / "out", FinishOnFixedGridd()(item))
     return pair, tmp_path / "out"
+
+
+def test_a_case_can_be_resampled_by_monai(cohort: Path) -> None:
+    case = LoadCased()({key: cohort / f"{key}sTr" / "phantom_001.nii.gz" for key in ("image", "label")})
+    coarse = Spacingd(["image", "label"], [2.0, 2.0, 2.0], mode=["bilinear", "nearest"])(case)
+    assert coarse["image"].shape == coarse["label"].shape
+    assert np.allclose(coarse["image"].affine[:3, :3].norm(dim=0), 2.0, atol=1e-4)
+    assert coarse["file"].endswith("phantom_001.nii.gz")
+    assert set(coarse["label"].unique().int().tolist()) <= {0, *coarse["values"]}
 
 
 def test_simpleitk_reproduces_the_moved_image(result: tuple[dict[str, str], Path]) -> None:
