@@ -163,6 +163,22 @@ def load_policy(
     return network
 
 
+def load_anatomy(anatomy: torch.nn.Module, path: str | None) -> torch.nn.Module:
+    """Load the network that sees the labelled structures, from a checkpoint or a file of its weights alone, and keep
+    it as it is in training.
+
+    Without a path it is left alone, to learn beside the policy.
+
+    Raises:
+        InputError: as :func:`load_policy` does.
+    """
+    if path is not None:
+        checkpoint = _load(path, "cpu")
+        _fill(anatomy, checkpoint.get("anatomy", checkpoint) if isinstance(checkpoint, dict) else checkpoint, path)
+        anatomy.requires_grad_(False)
+    return anatomy
+
+
 def structures_in(path: str) -> int:
     """Return how many labelled structures a checkpoint's policy was trained to see; 0 if it was trained without.
 

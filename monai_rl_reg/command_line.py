@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tfm", action="store_true", help="write the transform as text too, transform.tfm (large)")
     add("-v", "--verbose", action="store_true", help="log what is done")
     add("-q", "--quiet", action="store_true", help="show no progress")
+    commands.add_parser("label-app", help="print the folder of the MONAI Label app, for monailabel start_server --app")
     return top
 
 
@@ -102,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     top = parser()
     args = top.parse_args(arguments)
+    if args.command == "label-app":
+        print(Path(__file__).with_name("label_app"))
+        return 0
     one = args.fixed is not None or args.moving is not None
     if one == bool(args.pairs) or (one and args.moving is None):
         top.error("expected FIXED and MOVING, or --pairs")

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.phantoms import make_cohort
+from monai_rl_reg.tasks.registration import UNLABELLED
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,8 @@ class PairDataset(Dataset[Any]):
         augment: applied to each case, a dictionary with ``image`` and, where there is one, ``label``, every time it
             becomes part of a pair. It changes the anatomy, not where the image lies: the affine stays.
         labels: label values to use; others become background. By default every value found.
+        allow_unlabelled: where only some cases have a label, give the others a map of
+            :data:`~monai_rl_reg.tasks.registration.UNLABELLED`; False leaves all labels out then.
         image_size: one size for all pairs, so that they can be batched: a size, or ``auto`` for the smallest multiple
             of 16 that holds every case. It goes to the transform as ``spatial_size``. None keeps each pair's own.
         progress: show a progress bar while loading.
@@ -193,6 +196,7 @@ class PairDataset(Dataset[Any]):
         *,
         augment: Callable[[Any], Any] | None = None,
         labels: Sequence[int] | None = None,
+        allow_unlabelled: bool = False,
         image_size: str | Sequence[int] | None = None,
         progress: bool = True,
     ) -> None:
@@ -203,13 +207,14 @@ class PairDataset(Dataset[Any]):
         self.transform = transform
         self.augment = augment
         self.cases = CacheDataset(cases, case_transform, num_workers=1, progress=progress and len(cases) > 8)
-        self.labelled = all("label" in case for case in cases)
         count = sum("label" in case for case in cases)
-        if 0 < count < len(cases) and len(cases) > 2:
+        self.mixed = allow_unlabelled and 0 < count < len(cases)
+        self.labelled = count == len(cases) or self.mixed
+        if not self.labelled and count > 0 and len(cases) > 2:
             logger.warning("labels are not compared: %d of %d cases have one, expected all or none", count, len(cases))
         self.labels: list[int] = []
         if self.labelled:
-            found = [set(self.cases[i]["values"]) for i in range(len(cases))]
+            found = [set(self.cases[i].get("values", [])) for i in range(len(cases))]
             if labels is None:
                 self.check_labels(found)
             self.labels = sorted(set().union(*found)) if labels is None else list(labels)
@@ -228,16 +233,19 @@ class PairDataset(Dataset[Any]):
         else:
             i, j = divmod(index, len(self.cases) - 1)
             j += j >= i
-        item = {} if self.image_size is None else {"spatial_size": self.image_size}
+        item: dict[str, Any] = {} if self.image_size is None else {"spatial_size": self.image_size}
         for role, case in (("fixed", self.cases[i]), ("moving", self.cases[j])):
             if self.augment is not None:
                 case = self._augmented(case)
             item[role] = case["image"]
             item[f"{role}_file"] = case["file"]
-            if "label" in case:
+            if "label" in case and not self.mixed:  # the items of a batch have the same keys
                 item[f"{role}_label_file"] = case["file_of_label"]
             if self.labelled:
-                item[f"{role}_label"] = self._indexed(case["label"])
+                known = "label" in case
+                item[f"{role}_label"] = (
+                    self._indexed(case["label"]) if known else torch.full_like(case["image"], UNLABELLED)
+                )
         return self.transform(item)
 
     def _augmented(self, case: dict[str, Any]) -> dict[str, Any]:
@@ -266,6 +274,8 @@ class PairDataset(Dataset[Any]):
             fullest = max(range(len(found)), key=lambda i: len(found[i]))
             checked = [(fullest, i) for i in range(len(found))]
         for i, j in checked:
+            if not (found[i] and found[j]):
+                continue
             alone = found[i] ^ found[j]
             if len(alone) > 0.05 * len(found[i] | found[j]):
                 raise InputError(

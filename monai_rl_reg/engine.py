@@ -80,6 +80,7 @@ class ReinforcementUpdate:
         policy: Any = engine.network
         final = start = loss.task.reset(image, label)
         total, transitions = 0.0, 0
+        loss.train()
         policy.eval()
         with torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
             for final, transition in rollout(  # noqa: B007

@@ -60,6 +60,7 @@ class StepwiseInferer(Inferer):
 
     def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
         """Yield the first state and the state after every step."""
+        self.task.eval()
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.half):
             state = self.task.reset(convert_to_tensor(inputs, track_meta=False))
         yield state

@@ -106,7 +106,7 @@ class SoftActorCriticLoss(nn.Module):
         J_Q     = E[ (Q_i(s,p) - r - gamma (1-d) (min_j Qbar_j(s',p') - alpha log pi(p'|s') / n))^2 ]
         J_pi    = E[ alpha log pi(p|s) / n - min_i Q_i(s,p) ]
         J_alpha = E[ -log alpha (log pi(p|s) / n + H_target) ]
-        J_task  = the task's own loss on the action, averaged over ``unroll`` steps; and of what the task itself learns
+        J_task  = the task's own loss after 1 to ``unroll`` steps, drawn at random; and of what the task itself learns
 
     J_Q moves the critics, J_pi the planner, J_alpha the temperature, J_task planner and actor.
 
@@ -118,7 +118,8 @@ class SoftActorCriticLoss(nn.Module):
         critic: the twin critics.
         task: gives the task loss.
         reinforcement: False is the control: the same network, deterministic, by the task loss alone.
-        unroll: steps that the task loss follows, with the gradient through all of them; 1 looks at the action alone.
+        unroll: most steps that the task loss follows, with the gradient through all of them; 1 looks at the action
+            alone.
         planner_weight: weight of J_pi against the task loss.
         planner_warm_up: updates before J_pi enters; the critics learn from the first one.
         discount: gamma.
@@ -200,13 +201,11 @@ class SoftActorCriticLoss(nn.Module):
 
     def _task_loss(self, state: State, action: Tensor) -> dict[str, Tensor]:
         own = self.task.own_loss(state)
-        terms = self.task.loss(state, action, self.policy)
-        for _ in range(self.unroll - 1):
+        # the last state alone is judged: a step may be what pays off later, and every number of steps has its turn
+        for _ in range(int(torch.randint(self.unroll, ()))):
             state = self.task.advance(state, action)
             action = self.policy(self.task.observe(state))
-            for name, value in self.task.loss(state, action, self.policy).items():
-                terms[name] = terms[name] + value
-        return {name: value / self.unroll for name, value in terms.items()} | own
+        return self.task.loss(state, action, self.policy) | own
 
     @torch.no_grad()
     def update_targets(self) -> None:

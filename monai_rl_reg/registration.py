@@ -186,7 +186,7 @@ class Registrar:
                 moved_label = way.move(pair.moving_label, nearest=True)
                 unmoved_label = way.move(pair.moving_label, nearest=True, initial_only=True)
             moved = way.move(pair.moving)
-            inverse, mean_error, largest_error = way.inverse(pair.moving)
+            inverse, *errors = way.inverse(pair.moving) if options.inverse else (None,)
         quality: dict[str, Any] = {"fixed": name_of(pair.fixed), "moving": name_of(pair.moving)}
         name = bundle.similarity.name
         quality["similarity"] = name
@@ -196,7 +196,7 @@ class Registrar:
         if moved_label is not None and unmoved_label is not None and pair.fixed_label is not None:
             quality |= dice_figures(moved_label, unmoved_label, pair.fixed_label)
         quality |= field_figures(way.displacement.displacement, way.displacement.affine)
-        quality |= {"inverse_error_mm": mean_error, "inverse_error_max_mm": largest_error}
+        quality |= dict(zip(("inverse_error_mm", "inverse_error_max_mm"), errors, strict=False))
         quality |= {"steps": steps.taken, "stopped_by_itself": limit == "auto" and steps.taken < total}
         quality |= {"initial": kind, "working_grid": working.description(), "refinement": steps.refinement}
         quality |= {"uncertainty_rollouts": options.uncertainty, "bundle": bundle.version(), "ckpt": bundle.ckpt}
@@ -222,6 +222,8 @@ class Registrar:
         )
 
     def _initial(self, bundle: PolicyBundle, pair: Pair, options: Options) -> tuple[WorldTransform, dict[str, Any]]:
+        if isinstance(options.initial, Tensor):
+            return options.initial.double(), {"kind": "given"}
         if options.initial == "auto":
             found = align(pair.fixed, pair.moving, one_modality=bundle.similarity.one_modality)
             before, after = round(found.correlation_before, 6), round(found.correlation_after, 6)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.data import MetaTensor
+from torch import Tensor
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.landmarks import Landmarks, read_landmarks
@@ -22,13 +23,16 @@ class Options:
         refine: seconds of refinement at most, by gradient descent on the task's loss; 0 for none.
         uncertainty: rollouts of sampled plans to tell the uncertainty from, at least 2; 0 for none.
         initial: transform from fixed to moving space to begin with: ``auto`` finds an affine where the images are not
-            aligned, ``none`` takes them as they lie; else the path of an ITK transform or of a displacement field.
+            aligned, ``none`` takes them as they lie; else the path of an ITK transform or of a displacement field, or
+            a (4, 4) tensor in RAS millimetres.
+        inverse: also find the field back.
     """
 
     steps: int | str | None = None
     refine: float = 0.0
     uncertainty: int = 0
-    initial: str | Path | None = "auto"
+    initial: str | Path | Tensor | None = "auto"
+    inverse: bool = True
 
     def __post_init__(self) -> None:
         whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_rl_reg.anatomy import Anatomy
-from monai_rl_reg.checkpoints import load_policy, structures_in
+from monai_rl_reg.anatomy import Anatomy, fixed_images, single_images
+from monai_rl_reg.checkpoints import load_anatomy, load_policy, structures_in
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.tasks.registration import RegistrationTask
@@ -20,7 +20,7 @@ SIZES = [(8, 12), (9, 7), (5, 4), (33, 17), (8, 4, 8), (9, 7, 5), (17, 5, 6)]
 
 
 def make_anatomy(spatial_dims: int = 2, structures: int = 2) -> Anatomy:
-    return Anatomy(spatial_dims, structures, channels=CHANNELS)
+    return Anatomy(spatial_dims, structures, channels=CHANNELS).eval()
 
 
 def discs(size: Sequence[int], *, batch: int = 4) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def test_what_is_seen_and_the_background_are_probabilities(size: tuple[int, ...]
     anatomy = make_anatomy(len(size), 3)
     image = torch.rand(2, 1, *size)
     seen = anatomy.see(image)
-    background = anatomy(image).softmax(1)[:, :1]
+    background = anatomy(image)[:, :1]
     assert seen.min() >= 0
     assert seen.max() <= 1
     torch.testing.assert_close(seen.sum(1, keepdim=True) + background, torch.ones_like(background))
@@ -66,8 +66,8 @@ def test_odd_sizes_are_filled_up_by_repeating_the_edge(size: tuple[int, ...], pa
     anatomy = make_anatomy(len(size))
     image = torch.rand(1, 1, *size)
     pads = [pad for old, new in zip(size[::-1], padded[::-1], strict=True) for pad in (0, new - old)]
-    scores = anatomy(torch.nn.functional.pad(image, pads, mode="replicate"))
-    torch.testing.assert_close(anatomy(image), scores[(..., *(slice(n) for n in size))])
+    seen = anatomy(torch.nn.functional.pad(image, pads, mode="replicate"))
+    torch.testing.assert_close(anatomy(image), seen[(..., *(slice(n) for n in size))])
 
 
 def test_a_few_updates_teach_it_what_the_labels_say() -> None:
@@ -99,6 +99,59 @@ def test_the_tasks_own_loss_moves_all_of_it() -> None:
     assert gradients
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients if gradient is not None) > 0
+
+
+def test_in_training_one_member_sees_and_otherwise_their_mean() -> None:
+    anatomy = make_anatomy()
+    image = torch.rand(1, 1, 16, 15)
+    alone = []
+    for member in anatomy.members:
+        one = make_anatomy()
+        one.members = torch.nn.ModuleList([member])
+        alone.append(one.see(image))
+    assert not torch.equal(*alone)
+    torch.testing.assert_close(anatomy.see(image), (alone[0] + alone[1]) / 2)
+    anatomy.train()
+    drawn = [anatomy.see(image) for _ in range(20)]
+    assert all(any(torch.equal(x, one) for one in alone) for x in drawn)
+    assert all(any(torch.equal(x, one) for x in drawn) for one in alone)
+
+
+def test_members_learn_from_different_images() -> None:
+    anatomy = make_anatomy().train()
+    image, label = discs((24, 23), batch=4)
+    found = anatomy.loss(image, label)
+    parts = [
+        anatomy.dice_cross_entropy(anatomy._scores(member, image[i::2]), label[i::2])
+        for i, member in enumerate(anatomy.members)
+    ]
+    torch.testing.assert_close(found, (parts[0] + parts[1]) / 2)
+
+
+def test_an_anatomy_from_a_checkpoint_stays_as_it_is(tmp_path: Path) -> None:
+    path, trained = str(tmp_path / "model.pt"), make_anatomy()
+    torch.save({"anatomy": trained.state_dict()}, path)
+    anatomy = make_anatomy()
+    image = torch.rand(1, 1, 9, 7)
+    assert load_anatomy(anatomy, None) is anatomy
+    assert not torch.equal(anatomy.see(image), trained.see(image))
+    load_anatomy(anatomy, path)
+    assert torch.equal(anatomy.see(image), trained.see(image))
+    task = RegistrationTask(2, anatomy=anatomy)
+    assert task.own_loss(task.reset(torch.rand(1, 2, 9, 7))) == {}
+    with pytest.raises(InputError, match="another architecture"):
+        load_anatomy(make_anatomy(structures=3), path)
+
+
+def test_single_images_of_a_batch_of_pairs() -> None:
+    image, label = torch.rand(3, 2, 9, 7), torch.randint(0, 3, (3, 2, 9, 7))
+    images, labels = single_images({"image": image, "label": label}, torch.device("cpu"))
+    assert images.shape == labels.shape == (6, 1, 9, 7)
+    assert torch.equal(images[:3, 0], image[:, 0])
+    assert torch.equal(labels[3:, 0], label[:, 1])
+    images, labels = fixed_images({"image": image, "label": label}, torch.device("cpu"))
+    assert torch.equal(images, image[:, :1])
+    assert torch.equal(labels, label[:, :1])
 
 
 def test_a_label_value_it_does_not_know_is_named() -> None:

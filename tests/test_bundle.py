@@ -100,6 +100,20 @@ def test_training_with_labels_resumes(trained_with_labels: Path, cohort: Path, t
     assert second["optimizer"]["param_groups"][-1]["params"]
 
 
+def test_anatomy_trained_first_stays_as_it_is_beside_the_policy(cohort: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "anatomy", tmp_path / "policy"
+    settings = SMALL | {"dataset_dir": cohort}
+    result = run_bundle("training", "train", "with_labels", "anatomy", output_dir=first, **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "dice" in result.stderr
+    seen = torch.load(first / "model.pt", weights_only=True)
+    settings |= {"anatomy_ckpt": first / "model.pt", "output_dir": second}
+    result = run_bundle("training", "train", "with_labels", **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    trained = torch.load(second / "model.pt", weights_only=True)
+    assert all(torch.equal(value, trained["anatomy"][key]) for key, value in seen.items())
+
+
 def test_evaluating_a_model_that_sees_structures(cohort: Path, trained_with_labels: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.csv", cohort, ("phantom_000", "phantom_001"))
     settings = {"pairs": pairs, "ckpt": trained_with_labels / "model.pt", "output_dir": tmp_path / "out"}
@@ -121,10 +135,10 @@ def test_inference_follows_its_model(model: str, cohort: Path, tmp_path: Path, r
 
 
 @pytest.mark.parametrize("size", [(24, 22), (24, 22, 20)])
-def test_augmentation_with_labels_bends_images_of_either_dimension(size: tuple[int, ...]) -> None:
-    parser = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "with_labels.json")))
+def test_augmentation_bends_images_of_either_dimension(size: tuple[int, ...]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / "train.json")))
     parser["spatial_dims"] = len(size)
-    augment = parser.get_parsed_content("augment")
+    augment = parser.get_parsed_content("augmentation")
     augment.set_random_state(seed=0)
     image = MetaTensor(torch.rand(1, *size))
     label = (image.as_tensor() > 0.5).float()

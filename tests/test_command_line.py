@@ -34,6 +34,12 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
 
 
+def test_the_label_app_is_where_it_says() -> None:
+    done = run("label-app")
+    assert done.returncode == 0
+    assert (Path(done.stdout.strip()) / "main.py").is_file()
+
+
 def test_a_pair_from_end_to_end(files: dict[str, str], tmp_path: Path) -> None:
     x, y, z = -np.array(nib.load(files["fixed"]).affine[:3, 3]) * [1, 1, -1]
     (tmp_path / "points.csv").write_text(f"x,y,z\n{x},{y},{z}\n")

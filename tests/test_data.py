@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import list_data_collate
 from monai.transforms import Compose, RandAffined
 
 from monai_rl_reg.data import PairDataset, evaluation_pairs, one_pair, read_cases, read_pairs, split_data
@@ -123,6 +124,20 @@ def test_labels_of_some_cases_only_are_not_used(cohort: Path, caplog: pytest.Log
         pairs = dataset(cases)
     assert "2 of 3 cases" in caplog.text
     assert "label" not in pairs[0]
+
+
+def test_images_without_a_label_say_so_where_that_is_allowed(cohort: Path) -> None:
+    cases = [dict(case) for case in read_cases(cohort)[:3]]
+    del cases[1]["label"]
+    pairs = dataset(cases, allow_unlabelled=True, image_size="auto")
+    assert pairs.num_classes == 5
+    for i in range(len(pairs)):
+        fixed, moving = pairs[i]["label"].as_tensor()
+        for label, file in ((fixed, pairs[i]["fixed_file"]), (moving, pairs[i]["moving_file"])):
+            assert (label.min() < 0) == (file == cases[1]["image"])
+    batch = list_data_collate([pairs[i] for i in range(len(pairs))])
+    assert batch["label"].shape == batch["image"].shape
+    assert not dataset([{"image": case["image"]} for case in cases], allow_unlabelled=True).labelled
 
 
 class Recorded:

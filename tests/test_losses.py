@@ -221,22 +221,26 @@ def test_terms_are_full_precision_and_finite_under_autocast() -> None:
     assert torch.stack(list(terms.values())).isfinite().all()
 
 
-def test_unrolled_task_loss_is_the_mean_over_the_steps_with_their_gradient() -> None:
+def test_unrolled_task_loss_is_that_of_a_random_number_of_steps_with_their_gradient() -> None:
     loss = make_loss(reinforcement=False, unroll=3)
     torch.nn.init.normal_(loss.policy.actor.head.conv.weight, std=0.1)
+    weight = loss.policy.actor.head.conv.weight
     batch = make_transition(loss)
-    state, steps = batch.state, []
+    state, expected = batch.state, []
     for _ in range(3):
         action = loss.policy(loss.task.observe(state))
-        steps.append(loss.task.loss(state, action, loss.policy)["ncc"])
+        value = loss.task.loss(state, action, loss.policy)["ncc"]
+        expected.append((float(value), torch.autograd.grad(value, weight, retain_graph=True)[0]))
         state = loss.task.advance(state, action)
-    expected = torch.stack(steps).mean()
-    found = loss(batch)[0]["ncc"]
-    torch.testing.assert_close(found, expected)
-    weight = loss.policy.actor.head.conv.weight
-    gradients = [torch.autograd.grad(value, weight)[0] for value in (found, expected)]
-    torch.testing.assert_close(gradients[0], gradients[1])
-    assert len({round(float(step), 4) for step in steps}) == 3, "the steps differ"
+    assert len({round(value, 4) for value, _ in expected}) == 3, "the steps differ"
+    drawn = set()
+    for _ in range(20):
+        found = loss(batch)[0]["ncc"]
+        steps = min(range(3), key=lambda i: abs(expected[i][0] - float(found)))
+        torch.testing.assert_close(float(found), expected[steps][0])
+        torch.testing.assert_close(torch.autograd.grad(found, weight)[0], expected[steps][1])
+        drawn.add(steps)
+    assert drawn == {0, 1, 2}
 
 
 def test_what_the_task_itself_learns_counts_once_however_far_the_loss_looks(monkeypatch: pytest.MonkeyPatch) -> None:

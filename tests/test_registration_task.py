@@ -20,7 +20,7 @@ from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import local_ncc
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.similarity import LocalNCC
-from monai_rl_reg.tasks.registration import RegistrationTask
+from monai_rl_reg.tasks.registration import UNLABELLED, RegistrationTask
 from monai_rl_reg.tasks.task import State
 
 SIZES = [(16, 14), (12, 10, 11)]
@@ -334,6 +334,40 @@ def test_dice_term_of_fixed_images_without_labels_is_finite() -> None:
     ].isfinite()
 
 
+@pytest.mark.parametrize("lacking", ["fixed", "moving"])
+def test_pairs_without_both_labels_are_left_out_of_what_labels_tell(lacking: str) -> None:
+    """A batch of a labelled pair and one that lacks a label: everything from labels is that of the first alone."""
+    size = (16, 14)
+    anatomy = Anatomy(2, 2, channels=(4, 8))
+    task = RegistrationTask(2, dice_weight=1.0, anatomy=anatomy)
+    image, label = random_pair(size), torch.randint(0, 3, (2, 2, *size))
+    label[1, ("fixed", "moving").index(lacking)] = UNLABELLED
+    action = smooth_action(size, batch=2)
+    both, alone = task.reset(image, label), task.reset(image[:1], label[:1])
+    other = task.reset(image[1:])
+    torch.testing.assert_close(
+        task.loss(both, action, no_policy)["dice"], task.loss(alone, action[:1], no_policy)["dice"]
+    )
+    _, reward, terminated = task.step(both, action)
+    torch.testing.assert_close(reward[:1], task.step(alone, action[:1])[1])
+    unjudged = RegistrationTask(2)
+    torch.testing.assert_close(reward[1:], unjudged.step(other, action[1:])[1])  # by NCC
+    assert not terminated[1]
+    have = [0, 1, 2] if lacking == "moving" else [0, 2, 3]  # of both fixed images, then both moving ones
+    seen, known = (torch.cat(x.split(1, dim=1))[have] for x in (image, label))
+    torch.testing.assert_close(task.own_loss(both)["anatomy"], anatomy.loss(seen, known))
+
+
+def test_a_batch_without_any_label_teaches_nothing_about_them() -> None:
+    task = RegistrationTask(2, dice_weight=1.0, anatomy=Anatomy(2, 2, channels=(4, 8)))
+    state = task.reset(random_pair((16, 14)), torch.full((2, 2, 16, 14), UNLABELLED))
+    action = smooth_action((16, 14), batch=2).requires_grad_()
+    terms = task.loss(state, action, no_policy) | task.own_loss(state)
+    assert float(terms["dice"]) == float(terms["anatomy"]) == 0
+    sum(terms.values()).backward()
+    assert task.step(state, action.detach())[1].isfinite().all()
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_every_term_has_a_gradient_by_the_action(size: tuple[int, ...]) -> None:
     task = RegistrationTask(len(size), dice_weight=1.0)
@@ -507,7 +541,7 @@ def test_no_fold_term_without_its_weight() -> None:
 
 def seeing_task(size: Sequence[int], **options: Any) -> RegistrationTask:
     """A task whose anatomy has three structures."""
-    anatomy = Anatomy(len(size), 3, channels=(4, 8))
+    anatomy = Anatomy(len(size), 3, channels=(4, 8)).eval()
     return RegistrationTask(len(size), anatomy=anatomy, **options)
 
 

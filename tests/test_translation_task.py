@@ -246,21 +246,6 @@ def test_control_has_only_the_terms_of_the_task() -> None:
     assert set(terms_of(loss)) == {"l1", "adversarial", "discriminator"}
 
 
-def test_task_loss_over_several_steps_is_their_mean_and_goes_back_through_all_of_them() -> None:
-    loss = make_loss(None, reinforcement=False, unroll=2)
-    loss.task.discriminator = None
-    image, label = torch.rand(2, 2, 3, 24, 32)
-    batch = make_transition(loss, image, label)
-    first = loss.policy(loss.task.observe(batch.state)).detach().requires_grad_()
-    middle = loss.task.advance(batch.state, first)
-    second = loss.policy(loss.task.observe(middle))
-    terms = [
-        loss.task.loss(state, action, loss.policy)["l1"] for state, action in ((batch.state, first), (middle, second))
-    ]
-    torch.testing.assert_close(loss(batch)[0]["l1"], (terms[0] + terms[1]) / 2)
-    assert torch.autograd.grad(terms[1], [first])[0].any()
-
-
 def test_spectral_norm_of_every_convolution_becomes_one() -> None:
     discriminator = SpectralDiscriminator(channels=4)
     for _ in range(30):

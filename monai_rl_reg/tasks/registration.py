@@ -23,6 +23,8 @@ from monai_rl_reg.tasks.task import Act, State, Task
 
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
+UNLABELLED = -1
+"""Value of a label map that stands for none: such an image is left out of whatever is computed from labels."""
 
 
 class RegistrationTask(Task):
@@ -109,7 +111,8 @@ class RegistrationTask(Task):
 
         Args:
             image: (B, 2, *spatial), fixed and moving, scaled to [0, 1].
-            label: (B, 2, *spatial), integer labels of fixed and moving, or None.
+            label: (B, 2, *spatial), integer labels of fixed and moving, or None; :data:`UNLABELLED` where an image of
+                the batch has none.
 
         Raises:
             ValueError: if the image has not two channels or another number of dimensions.
@@ -184,18 +187,21 @@ class RegistrationTask(Task):
         return terms
 
     def own_loss(self, state: State) -> dict[str, Tensor]:
-        """Return the loss of ``anatomy`` on both images.
+        """Return the loss of ``anatomy`` on both images, unless it is to stay as it is.
 
         Raises:
             InputError: if there are no labels to learn it from.
         """
-        if self.anatomy is None:
+        if self.anatomy is None or not any(p.requires_grad for p in self.anatomy.parameters()):
             return {}
         self._require_labels(state)
         images, labels = (
             torch.cat([state[f"{role}{part}"] for role in ("fixed", "moving")]) for part in ("", "_label")
         )
-        return {"anatomy": self.anatomy.loss(images, labels)}
+        known = _labelled(labels)
+        if not known.any():
+            return {"anatomy": 0 * self.anatomy(images[:1]).sum()}
+        return {"anatomy": self.anatomy.loss(images[known], labels[known])}
 
     def output(self, state: State) -> Tensor:
         """Return the displacement field, (B, d, *spatial) in voxels of the images."""
@@ -233,20 +239,28 @@ class RegistrationTask(Task):
         folded = (jacobian_determinant(state["displacement"]) <= 0).flatten(1).float().mean(1)
         dice = torch.full_like(folded, torch.nan)
         if self.dice_reward and "fixed_label" in state:
-            moved = self.warp_label(state["moving_label"].float(), self.output(state))
-            dice = mean_label_dice(moved.round(), state["fixed_label"], nested=self.nested_labels)
+            known = _labelled(state["fixed_label"], state["moving_label"])
+            moved, fixed = (state[f"{role}_label"].clamp(min=0) for role in ("moving", "fixed"))
+            moved = self.warp_label(moved.float(), self.output(state)).round()
+            dice = dice.where(~known, mean_label_dice(moved, fixed, nested=self.nested_labels))
         similarity = dice
         if dice.isnan().any():  # no labels, or none in this fixed image
             similarity = torch.where(dice.isnan(), self.similarity(state["moved"], state["fixed"]), dice)
         return similarity - self.fold_penalty * folded, dice
 
     def _soft_dice(self, state: State, displacement: Tensor) -> Tensor:
-        values = torch.unique(state["fixed_label"])
+        known = _labelled(state["fixed_label"], state["moving_label"])
+        values = torch.unique(state["fixed_label"][known])
         values = values[values > 0].reshape(1, -1, *[1] * self.spatial_dims)
         if values.numel() == 0:  # nothing labelled in these fixed images
             return displacement.sum() * 0
         region = torch.ge if self.nested_labels else torch.eq
         moving, fixed = (self._reduce(region(state[f"{role}_label"], values).float()) for role in ("moving", "fixed"))
         moved = (self.dice_sharpness * self.warp(moving, displacement)).clamp(max=1.0)
-        dice: Tensor = self.dice(moved, fixed)
+        dice: Tensor = self.dice(moved[known], fixed[known])
         return dice
+
+
+def _labelled(*labels: Tensor) -> Tensor:
+    """Return which images of a batch, (B,), have all of these label maps."""
+    return torch.stack([label.flatten(1).amin(1) > UNLABELLED for label in labels]).all(0)

@@ -3,6 +3,8 @@
     pip install picsl-greedy antspyx itk-elastix convexAdam
     python tests/benchmarks/peers.py PAIRS.csv --ckpt bundles/rl_reg/models/model.pt --output OUT
 
+``--voxelmorph`` adds MONAI's network, trained by ``voxelmorph.py``.
+
 PAIRS.csv has the columns fixed, moving, fixed_label and moving_label. All see what the policy sees: both images on the
 fixed image's grid, centres aligned, intensities scaled to [0, 1]. Labels are moved by nearest neighbour. Writes
 ``peers.csv`` (a row a pair and method), ``peers.md`` (the table) and ``peers.png`` (Dice against seconds). Every method
@@ -174,6 +176,21 @@ PROGRAMS: dict[str, Callable[[Array, Array, Array], Moved]] = {
 }
 
 
+def voxelmorph(ckpt: str) -> Callable[[Array, Array, Array], Moved]:
+    """MONAI's VoxelMorph, with the weights that ``voxelmorph.py`` has saved; in bfloat16, as the policy."""
+    from voxelmorph import displacement, load
+
+    network = load(ckpt)
+
+    def register(fixed: Array, moving: Array, label: Array) -> Moved:
+        image = torch.from_numpy(np.stack([fixed, moving]))[None]
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            field = displacement(network, image)
+        return nearest(label, field[0].numpy())
+
+    return register
+
+
 def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) -> Iterator[tuple[float, Moved]]:
     """Yield CPU seconds so far and the result after each step of the policy."""
     network, inferer = parts.get_parsed_content("network"), parts.get_parsed_content("inferer")
@@ -202,6 +219,10 @@ def run_method(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, A
         anatomy = parts.get_parsed_content("anatomy")
         load_policy(parts.get_parsed_content("network"), arguments.ckpt, anatomy=anatomy).eval()
         parts.get_parsed_content("task").eval()
+    elif name == "voxelmorph":
+        program = voxelmorph(arguments.voxelmorph)
+    else:
+        program = PROGRAMS[name]
     for number in range(len(data)):
         item = data[number]
         image, label = item["image"].as_tensor()[None], item["label"].as_tensor()[None]
@@ -211,7 +232,7 @@ def run_method(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, A
                 yield {"method": name, "pair": number, "step": step, "cpu_seconds": seconds} | figures(moved, label)
             continue
         started = time.process_time()
-        moved = PROGRAMS[name](fixed, moving, moving_label)
+        moved = program(fixed, moving, moving_label)
         seconds = time.process_time() - started
         yield {"method": name, "pair": number, "step": "", "cpu_seconds": seconds} | figures(moved, label)
 
@@ -291,7 +312,8 @@ def main() -> None:
     parser.add_argument("--output", default="peers")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--first", type=int, help="only so many pairs")
-    parser.add_argument("--methods", nargs="*", default=["policy", *PROGRAMS])
+    parser.add_argument("--voxelmorph", help="weights of MONAI's VoxelMorph")
+    parser.add_argument("--methods", nargs="*", help="those to run; by default all that are installed")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -302,7 +324,8 @@ def main() -> None:
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for method in arguments.methods:
+    methods = ["policy", *(["voxelmorph"] if arguments.voxelmorph else []), *PROGRAMS]
+    for method in arguments.methods or methods:
         if importlib.util.find_spec(NEEDS.get(method, "torch")) is None:
             print(f"{method}: not installed", file=sys.stderr)
             continue

@@ -1,0 +1,175 @@
+"""Labelled cases as atlases of other images: what their labels are called, and which of them is most like an image."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from monai_rl_reg.affine import align
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.geometry import identity_grid, reduced, sample, transform_points
+from monai_rl_reg.nifti import read_image, read_label, replacing
+
+POINTS = 24
+"""Images are compared at this many points in every direction."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image and, where it has one, its label map.
+
+    Attributes:
+        name: what people call it.
+        image: path.
+        label: path.
+        values: value of each named label in this label map, where it is known; else the names' own values hold.
+    """
+
+    name: str
+    image: str
+    label: str | None = None
+    values: Mapping[str, int] | None = None
+
+    def read_label(self, image: MetaTensor, names: Mapping[str, int]) -> MetaTensor:
+        """Return the label map (1, *spatial) with the values that ``names`` gives to the labels; others become 0.
+
+        Raises:
+            InputError: if it cannot be read, or is not on the image's grid.
+        """
+        label = read_label(self.label, image, self.image, spatial_dims=image.ndim - 1)
+        renumbered = torch.zeros_like(label.as_tensor())
+        for name, value in names.items():
+            own = value if self.values is None else self.values.get(name)
+            if own is not None:
+                renumbered[label.as_tensor() == own] = value
+        return MetaTensor(renumbered, affine=label.affine, meta=label.meta)
+
+
+def label_names(cases: Sequence[Case], given: str | None = None) -> dict[str, int]:
+    """Return the labels' names and values, in ascending order.
+
+    Args:
+        cases: gives the names that came with the label maps; where none has names, ``label_1`` and so on, after the
+            values found in them.
+        given: overrules that: a JSON object of names and values, or names separated by commas, for 1, 2, ...
+
+    Raises:
+        InputError: if ``given`` is neither, or two names share a value.
+    """
+    names: dict[str, int] = {}
+    if given:
+        try:
+            loaded = json.loads(given) if given.lstrip().startswith("{") else None
+            items = loaded.items() if loaded else ((n.strip(), i) for i, n in enumerate(given.split(","), start=1))
+            names = {str(name): int(value) for name, value in items}
+        except (ValueError, TypeError) as error:
+            raise InputError(f"labels {given}: expected names and whole numbers in JSON, found {error}") from error
+    else:
+        for case in cases:
+            for name, value in (case.values or {}).items():
+                taken = {v for n, v in names.items() if n != name}
+                names.setdefault(name, value if value not in taken else max(taken) + 1)
+        if not names:
+            names = {f"label_{value}": value for value in sorted(set().union(*(_values(c) for c in cases)))}
+    if len(set(names.values())) < len(names) or "" in names or min(names.values(), default=1) < 1:
+        raise InputError(f"labels: expected each name with a whole number of its own from 1 up, found {names}")
+    return dict(sorted(names.items(), key=lambda item: item[1]))
+
+
+_known_values: dict[str, tuple[list[int], frozenset[int]]] = {}
+
+
+def _values(case: Case) -> frozenset[int]:
+    """Return the values in a label map; none where it has none, or cannot be read. Read once for every version."""
+    if case.label is None or not Path(case.label).is_file():
+        return frozenset()
+    stamp = _stamp(case.label)
+    if _known_values.get(case.label, ([], None))[0] != stamp:
+        try:
+            label = read_label(case.label, read_image(case.image, spatial_dims=None), case.image, spatial_dims=None)
+            found = frozenset(int(v) for v in torch.unique(label.as_tensor()) if v > 0)
+        except InputError:
+            found = frozenset()
+        _known_values[case.label] = (stamp, found)
+    return _known_values[case.label][1]
+
+
+class CommonSpace:
+    """Affine transforms from one image's space, the reference, to all others': one for each image, not for each pair.
+
+    Of two images whose transforms are known the one between them is a product, and comparing them takes no more than
+    sampling both at the same points of the reference.
+
+    Args:
+        file: where the transforms are kept, so that they are found once for every version of an image.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+        self.turn = threading.RLock()  # for whoever uses the space from several threads
+        self.reference: str | None = None
+        self._transforms: dict[str, dict[str, Any]] = {}
+        self._samples: dict[str, tuple[list[int], Tensor]] = {}
+        if self.file.is_file():
+            known = json.loads(self.file.read_text(encoding="utf-8"))
+            self.reference, self._transforms = known["reference"], known["transforms"]
+
+    def between(self, fixed: str, moving: str) -> Tensor:
+        """Return the affine (4, 4) from the fixed image's space to the moving one's, RAS millimetres."""
+        to_fixed, to_moving = self._transform(fixed), self._transform(moving)
+        return to_moving @ torch.linalg.inv(to_fixed)
+
+    def correlation(self, a: str, b: str) -> float:
+        """Return the normalised cross-correlation of two images after the affine step, -1 to 1."""
+        return float(self._sampled(a) @ self._sampled(b))
+
+    def _transform(self, path: str) -> Tensor:
+        if self.reference is None or not self._current(self.reference):
+            self.reference = path
+            self._transforms = {path: {"stamp": _stamp(path), "matrix": torch.eye(4).tolist()}}
+            self._samples = {}
+        if not self._current(path):
+            image = read_image(path, spatial_dims=None)
+            fixed = read_image(self.reference, spatial_dims=image.ndim - 1)
+            self._transforms[path] = {"stamp": _stamp(path), "matrix": align(fixed, image).transform.tolist()}
+            self._save()
+        return torch.tensor(self._transforms[path]["matrix"], dtype=torch.float64)
+
+    def _current(self, path: str) -> bool:
+        return Path(path).exists() and self._transforms.get(path, {}).get("stamp") == _stamp(path)
+
+    def _save(self) -> None:
+        self._transforms = {path: known for path, known in self._transforms.items() if Path(path).exists()}
+        text = json.dumps({"reference": self.reference, "transforms": self._transforms})
+        with replacing(self.file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def _sampled(self, path: str) -> Tensor:
+        """Return an image's intensities at the points of the reference, with mean 0 and norm 1."""
+        to_image = self._transform(path)
+        if self._samples.get(path, ([], None))[0] != _stamp(path):
+            image = read_image(path, spatial_dims=None)
+            reference = image if path == self.reference else read_image(self.reference, spatial_dims=image.ndim - 1)
+            d = image.ndim - 1
+            step = (torch.tensor(reference.shape[1:], dtype=torch.float64) - 1) / (POINTS - 1)
+            index = identity_grid([POINTS] * d) * step.reshape(-1, *[1] * d)
+            world = transform_points(reduced(to_image @ reference.affine.double(), d), index)
+            voxel = transform_points(reduced(torch.linalg.inv(image.affine.double()), d), world)
+            values = sample(image.as_tensor(), voxel.float()).flatten()
+            values = values.clamp(*torch.quantile(values, torch.tensor([0.005, 0.995])))
+            values = values - values.mean()
+            self._samples[path] = (_stamp(path), values / values.norm().clamp(min=1e-6))
+        return self._samples[path][1]
+
+
+def _stamp(path: str) -> list[int]:
+    status = Path(path).stat()
+    return [status.st_mtime_ns, status.st_size]

@@ -1,0 +1,71 @@
+"""Fuse label maps that several atlases propagated to one image, and tell how far they disagree.
+
+References:
+    X. Artaechevarria, A. Munoz-Barrutia, C. Ortiz-de-Solorzano, "Combination strategies in multi-atlas image
+    segmentation: application to brain MR data", IEEE TMI 28, 2009: votes weighted by local similarity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import ScaleIntensityRangePercentiles
+from torch import Tensor
+
+from monai_rl_reg.finishing import Correspondence, label_dtype
+from monai_rl_reg.geometry import DenseTransform
+from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
+from monai_rl_reg.metrics import label_dice
+
+
+def local_similarity(moved: Tensor, fixed: Tensor, window: int = 9) -> Tensor:
+    """Return the squared local NCC around every voxel, in [0, 1], of images (1, *spatial) of any intensities."""
+    scale = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True)
+    a, b = (torch.as_tensor(scale(image))[None] for image in (moved, fixed))
+    return -BoxLocalNormalizedCrossCorrelationLoss(moved.ndim - 1, window, reduction="none")(a, b)[0]
+
+
+def fuse(labels: Sequence[MetaTensor], displacements: Sequence[MetaTensor], weights: Sequence[Tensor]) -> MetaTensor:
+    """Return the label with the most votes at every voxel of the fixed image's grid, (1, *fixed).
+
+    An atlas votes with the share of each label at the place that its displacement leads to (linear interpolation),
+    times its weight there; with what is left it votes for the background.
+
+    Args:
+        labels: label map (1, *moving) of each atlas.
+        displacements: (d, *fixed) in RAS millimetres, from the fixed image to each atlas.
+        weights: (1, *fixed), of each atlas.
+    """
+    identity = torch.eye(4, dtype=torch.float64)
+    ways = []
+    for displacement in displacements:
+        field = DenseTransform(displacement.as_tensor(), displacement.affine)
+        ways.append(Correspondence(identity, field, field))
+    background = torch.stack(list(weights)).sum(0)
+    most = torch.zeros_like(background)
+    fused = torch.zeros_like(background, dtype=torch.int32)
+    for value in sorted({int(v) for label in labels for v in torch.unique(label.as_tensor()) if v > 0}):
+        votes = torch.zeros_like(background)  # one label at a time: memory does not grow with their number
+        for label, way, weight in zip(labels, ways, weights, strict=True):
+            region = MetaTensor((label.as_tensor() == value).float(), affine=label.affine)
+            votes += weight * way.move(region).as_tensor()
+        background -= votes
+        fused[votes > most] = value
+        most = torch.maximum(votes, most)
+    fused[background > most] = 0
+    return MetaTensor(fused.to(label_dtype(fused)), affine=displacements[0].affine)
+
+
+def disagreement(maps: Sequence[Tensor]) -> float:
+    """Return 1 - Dice, the mean over all pairs of label maps (1, *spatial) and over the labels of a pair, 0 to 1.
+
+    NaN for maps without any label.
+    """
+    found = []
+    for a, b in combinations(maps, 2):
+        forth, back = label_dice(a[None], b[None]), label_dice(b[None], a[None])
+        found.append(torch.where(forth.isnan() & ~back.isnan(), 0.0, forth).nanmean())  # only one map has the label
+    return 1 - float(torch.stack(found).nanmean())
