@@ -42,24 +42,26 @@ class Weights:
 
     Args:
         folder: of all trainings.
+        shipped: file that takes the place of the bundle's own weights.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, shipped: str | Path | None = None) -> None:
         self.folder = Path(folder)
+        self.shipped = None if shipped is None else Path(shipped)
 
     def names(self) -> list[str]:
         """Return what can be asked for: the latest, each by its name, newest first, the shipped ones."""
         return [LATEST, *(path.parent.name for path in self._files()), SHIPPED]
 
     def path(self, name: str = LATEST) -> Path | None:
-        """Return the file of these weights; None for those that the bundle was shipped with.
+        """Return the file of these weights; None for the bundle's own.
 
         Raises:
             InputError: if there are none of this name.
         """
         files = {path.parent.name: path for path in self._files()}
         if name == SHIPPED or (name == LATEST and not files):
-            return None
+            return self.shipped
         if name == LATEST:
             return next(iter(files.values()))
         if name not in files:
@@ -168,7 +170,7 @@ def train(
     if not labelled and start != SCRATCH and structures_in(str(weights.path(start) or root / "models" / "model.pt")):
         raise InputError(
             f"training: expected at least {LEAST_LABELLED} labelled cases, found {count}: the weights to go on from "
-            f"see labelled structures, and would lose them (start from {SCRATCH} to learn from images alone)"
+            f"see labelled structures, and would lose them (images alone teach {SCRATCH}, or weights without labels)"
         )
     began = _first_weights(weights, start, root, structures=len(names) if labelled else 0)
     if began is not None:

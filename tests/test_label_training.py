@@ -33,6 +33,8 @@ def test_the_newest_weights_are_the_latest_and_one_can_go_back(tmp_path: Path) -
     assert weights.path() == tmp_path / "20260102-120000" / "model.pt"
     assert weights.path("20260101-120000") == tmp_path / "20260101-120000" / "model.pt"
     assert weights.path("shipped") is None
+    assert Weights(tmp_path, "own.pt").path("shipped") == Path("own.pt")
+    assert Weights(tmp_path / "none", "own.pt").path() == Path("own.pt")
     with pytest.raises(InputError, match="weights monday: expected one of latest"):
         weights.path("monday")
 

@@ -1,4 +1,7 @@
-"""Draw drafts of labels: an image, the label that atlases propagated to it, and the true one, for three cases."""
+"""Draw drafts of labels: an image, the label that atlases propagated to it, and the true one, for three cases.
+
+The picture in the docs: ``make_label_propagation.py OUT.png --ckpt bundles/rl_reg/models/model_without_labels.pt``.
+"""
 
 from __future__ import annotations
 

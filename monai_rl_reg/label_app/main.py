@@ -33,7 +33,7 @@ class RegistrationApp(MONAILabelApp):  # type: ignore[misc]
     Args:
         app_dir: this folder.
         studies: folder of images, or a DICOMweb address.
-        conf: ``labels``, ``output``, ``bundle`` and ``device``; see ``docs/monai_label.md``.
+        conf: ``labels``, ``output``, ``bundle``, ``ckpt`` and ``device``; see ``docs/monai_label.md``.
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:

@@ -34,7 +34,11 @@ class Workspace:
     Args:
         store: MONAI Label's datastore.
         conf: of the server: ``labels``, names of the labels; ``output``, folder for results and weights, by default
-            beside the studies, with ``_rl_reg`` behind their name; ``bundle`` and ``device``.
+            beside the studies, with ``_rl_reg`` behind their name; ``bundle``, ``device``, and ``ckpt``, weights that
+            take the place of the bundle's own.
+
+    Raises:
+        InputError: if a file or folder of these is not there.
     """
 
     def __init__(self, store: Datastore, conf: dict[str, str]) -> None:
@@ -45,9 +49,11 @@ class Workspace:
             raise InputError("expected --conf output FOLDER: these studies have no folder of their own")
         beside = Path(f"{str(own).rstrip('/')}_rl_reg")  # folders that come and go inside stop the datastore's watcher
         self.folder = Path(conf.get("output") or beside)
-        self.weights = Weights(self.folder / "weights")
+        self.weights = Weights(self.folder / "weights", conf.get("ckpt"))
         self.space = CommonSpace(self.folder / "affines.json")
         self._propagations: dict[str, LabelPropagation] = {}
+        if self.weights.shipped is not None and not self.weights.shipped.is_file():
+            raise InputError(f"--conf ckpt {self.weights.shipped}: expected a file, found none")
 
     def case(self, name: str) -> Case:
         """Return an image, with its final label and the label's names where there is one.
@@ -84,7 +90,7 @@ class Workspace:
             InputError: if there are none of this name.
         """
         path = self.weights.path(weights)
-        version = "" if path is None else f"{path.parent.name} {path.stat().st_mtime_ns}"  # training writes anew
+        version = "" if path is None else f"{path} {path.stat().st_mtime_ns}"  # training writes anew
         with self.space.turn:
             if version not in self._propagations:
                 self._propagations = {key: made for key, made in self._propagations.items() if not key}
