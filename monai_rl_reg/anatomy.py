@@ -100,7 +100,7 @@ class Anatomy(nn.Module):
 
 
 def single_images(batch: Any, device: Any, non_blocking: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """``prepare_batch`` of MONAI's engines: the images and labels (2 B, 1, *spatial) of a batch of pairs, each one."""
+    """``prepare_batch`` of MONAI's engines: every image and label of a batch of pairs, each ``(2 B, 1, *spatial)``."""
     image, label = (
         convert_to_tensor(x, track_meta=False).transpose(0, 1).flatten(0, 1)[:, None]
         for x in default_prepare_batch(batch, device, non_blocking, **kwargs)[:2]
@@ -109,6 +109,6 @@ def single_images(batch: Any, device: Any, non_blocking: bool = False, **kwargs:
 
 
 def fixed_images(batch: Any, device: Any, non_blocking: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """``prepare_batch`` of an evaluator, which wants one image an item: fixed images and labels (B, 1, *spatial)."""
+    """``prepare_batch`` of an evaluator, which wants one image an item: fixed ones, labels, ``(B, 1, *spatial)``."""
     pair: Any = default_prepare_batch(batch, device, non_blocking, **kwargs)
     return pair[0][:, :1], pair[1][:, :1]
