@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.metrics import labelled
 
 
 class Anatomy(nn.Module):
     """U-Nets from an image to the probabilities of its structures. Any image size: padded inside, cropped outside.
 
-    Its members learn from different images. In training one of them sees, drawn anew for every image, so that the
+    Its members learn from different images. In training one of them sees, drawn anew for every batch, so that the
     policy does not come to trust what is no more than one network's habit; otherwise what is seen is their mean.
 
     Args:
@@ -73,7 +74,8 @@ class Anatomy(nn.Module):
     def loss(self, image: Tensor, label: Tensor) -> Tensor:
         """Return soft Dice plus cross-entropy of scores against labels (B, 1, *spatial), mean of members.
 
-        The images are dealt out among the members, who all get the same where there are not enough.
+        Images without labels are left out. The others are dealt out among the members, who all get the same where
+        there are not enough.
 
         Raises:
             InputError: if there is a label value above K.
@@ -83,7 +85,10 @@ class Anatomy(nn.Module):
                 f"anatomy: expected the label values 1 to {int(self.structures)}, as many as the validation cases "
                 f"have, found {int(label.max())} (name the values to use with labels)"
             )
-        count = len(self.members)
+        known = labelled(label)
+        if not known.any():
+            return 0 * self(image[:1]).sum()
+        image, label, count = image[known], label[known], len(self.members)
         parts = [slice(i, None, count) if len(image) >= count else slice(None) for i in range(count)]
         losses = [
             self.dice_cross_entropy(self._scores(member, image[part]), label[part])

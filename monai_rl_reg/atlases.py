@@ -17,6 +17,7 @@ from monai_rl_reg.affine import align
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import identity_grid, reduced, sample, transform_points
 from monai_rl_reg.nifti import read_image, read_label, replacing
+from monai_rl_reg.policy_bundle import file_stamp
 
 POINTS = 24
 """Images are compared at this many points in every direction."""
@@ -84,15 +85,15 @@ def label_names(cases: Sequence[Case], given: str | None = None) -> dict[str, in
     return dict(sorted(names.items(), key=lambda item: item[1]))
 
 
-_known_values: dict[str, tuple[list[int], frozenset[int]]] = {}
+_known_values: dict[str, tuple[dict[str, Any], frozenset[int]]] = {}
 
 
 def _values(case: Case) -> frozenset[int]:
     """Return the values in a label map; none where it has none, or cannot be read. Read once for every version."""
     if case.label is None or not Path(case.label).is_file():
         return frozenset()
-    stamp = _stamp(case.label)
-    if _known_values.get(case.label, ([], None))[0] != stamp:
+    stamp = file_stamp(case.label)
+    if _known_values.get(case.label, ({}, None))[0] != stamp:
         try:
             label = read_label(case.label, read_image(case.image, spatial_dims=None), case.image, spatial_dims=None)
             found = frozenset(int(v) for v in torch.unique(label.as_tensor()) if v > 0)
@@ -117,7 +118,7 @@ class CommonSpace:
         self.turn = threading.RLock()  # for whoever uses the space from several threads
         self.reference: str | None = None
         self._transforms: dict[str, dict[str, Any]] = {}
-        self._samples: dict[str, tuple[list[int], Tensor]] = {}
+        self._samples: dict[str, tuple[dict[str, Any], Tensor]] = {}
         if self.file.is_file():
             known = json.loads(self.file.read_text(encoding="utf-8"))
             self.reference, self._transforms = known["reference"], known["transforms"]
@@ -134,17 +135,17 @@ class CommonSpace:
     def _transform(self, path: str) -> Tensor:
         if self.reference is None or not self._current(self.reference):
             self.reference = path
-            self._transforms = {path: {"stamp": _stamp(path), "matrix": torch.eye(4).tolist()}}
+            self._transforms = {path: {"stamp": file_stamp(path), "matrix": torch.eye(4).tolist()}}
             self._samples = {}
         if not self._current(path):
             image = read_image(path, spatial_dims=None)
             fixed = read_image(self.reference, spatial_dims=image.ndim - 1)
-            self._transforms[path] = {"stamp": _stamp(path), "matrix": align(fixed, image).transform.tolist()}
+            self._transforms[path] = {"stamp": file_stamp(path), "matrix": align(fixed, image).transform.tolist()}
             self._save()
         return torch.tensor(self._transforms[path]["matrix"], dtype=torch.float64)
 
     def _current(self, path: str) -> bool:
-        return Path(path).exists() and self._transforms.get(path, {}).get("stamp") == _stamp(path)
+        return Path(path).exists() and self._transforms.get(path, {}).get("stamp") == file_stamp(path)
 
     def _save(self) -> None:
         self._transforms = {path: known for path, known in self._transforms.items() if Path(path).exists()}
@@ -155,7 +156,7 @@ class CommonSpace:
     def _sampled(self, path: str) -> Tensor:
         """Return an image's intensities at the points of the reference, with mean 0 and norm 1."""
         to_image = self._transform(path)
-        if self._samples.get(path, ([], None))[0] != _stamp(path):
+        if self._samples.get(path, ({}, None))[0] != file_stamp(path):
             image = read_image(path, spatial_dims=None)
             reference = image if path == self.reference else read_image(self.reference, spatial_dims=image.ndim - 1)
             d = image.ndim - 1
@@ -166,10 +167,5 @@ class CommonSpace:
             values = sample(image.as_tensor(), voxel.float()).flatten()
             values = values.clamp(*torch.quantile(values, torch.tensor([0.005, 0.995])))
             values = values - values.mean()
-            self._samples[path] = (_stamp(path), values / values.norm().clamp(min=1e-6))
+            self._samples[path] = (file_stamp(path), values / values.norm().clamp(min=1e-6))
         return self._samples[path][1]
-
-
-def _stamp(path: str) -> list[int]:
-    status = Path(path).stat()
-    return [status.st_mtime_ns, status.st_size]

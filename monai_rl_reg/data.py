@@ -14,8 +14,8 @@ from monai.data import CacheDataset, MetaTensor
 from torch.utils.data import Dataset
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.metrics import UNLABELLED
 from monai_rl_reg.phantoms import make_cohort
-from monai_rl_reg.tasks.registration import UNLABELLED
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class PairDataset(Dataset[Any]):
             becomes part of a pair. It changes the anatomy, not where the image lies: the affine stays.
         labels: label values to use; others become background. By default every value found.
         allow_unlabelled: where only some cases have a label, give the others a map of
-            :data:`~monai_rl_reg.tasks.registration.UNLABELLED`; False leaves all labels out then.
+            :data:`~monai_rl_reg.metrics.UNLABELLED`; False leaves all labels out then.
         image_size: one size for all pairs, so that they can be batched: a size, or ``auto`` for the smallest multiple
             of 16 that holds every case. It goes to the transform as ``spatial_size``. None keeps each pair's own.
         progress: show a progress bar while loading.

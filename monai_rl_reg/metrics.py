@@ -12,6 +12,14 @@ from torch import Tensor
 from monai_rl_reg.geometry import jacobian_determinant, sample
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 
+UNLABELLED = -1
+"""Value of a label map that stands for none: such an image is left out of whatever is computed from labels."""
+
+
+def labelled(*labels: Tensor) -> Tensor:
+    """Return which images of a batch, (B,), have all of these label maps (B, 1, *spatial)."""
+    return torch.stack([label.flatten(1).amin(1) > UNLABELLED for label in labels]).all(0)
+
 
 def label_dice(moved: Tensor, fixed: Tensor, *, nested: bool = False) -> Tensor:
     """Dice of every label value by counting, for label maps with any number of labels.

@@ -12,6 +12,7 @@ from torch import Tensor
 from monai_rl_reg.anatomy import Anatomy, fixed_images, single_images
 from monai_rl_reg.checkpoints import load_anatomy, load_policy, structures_in
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.metrics import UNLABELLED
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.tasks.registration import RegistrationTask
 
@@ -126,6 +127,17 @@ def test_members_learn_from_different_images() -> None:
         for i, member in enumerate(anatomy.members)
     ]
     torch.testing.assert_close(found, (parts[0] + parts[1]) / 2)
+
+
+def test_images_without_labels_teach_nothing() -> None:
+    anatomy = make_anatomy().train()
+    image, label = discs((24, 23), batch=4)
+    label[1] = UNLABELLED
+    torch.testing.assert_close(anatomy.loss(image, label), anatomy.loss(image[[0, 2, 3]], label[[0, 2, 3]]))
+    nothing = anatomy.loss(image, torch.full_like(label, UNLABELLED))
+    nothing.backward()
+    assert nothing == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in anatomy.parameters())
 
 
 def test_an_anatomy_from_a_checkpoint_stays_as_it_is(tmp_path: Path) -> None:

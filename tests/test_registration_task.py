@@ -17,10 +17,10 @@ from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import compose, identity_grid, jacobian_determinant
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
-from monai_rl_reg.metrics import local_ncc
+from monai_rl_reg.metrics import UNLABELLED, local_ncc
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.similarity import LocalNCC
-from monai_rl_reg.tasks.registration import UNLABELLED, RegistrationTask
+from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import State
 
 SIZES = [(16, 14), (12, 10, 11)]

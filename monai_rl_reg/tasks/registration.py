@@ -17,14 +17,12 @@ from torch.nn import functional as F
 from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import compose, jacobian_determinant
-from monai_rl_reg.metrics import mean_label_dice
+from monai_rl_reg.metrics import labelled, mean_label_dice
 from monai_rl_reg.similarity import LocalNCC, Similarity
 from monai_rl_reg.tasks.task import Act, State, Task
 
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
-UNLABELLED = -1
-"""Value of a label map that stands for none: such an image is left out of whatever is computed from labels."""
 
 
 class RegistrationTask(Task):
@@ -111,8 +109,8 @@ class RegistrationTask(Task):
 
         Args:
             image: (B, 2, *spatial), fixed and moving, scaled to [0, 1].
-            label: (B, 2, *spatial), integer labels of fixed and moving, or None; :data:`UNLABELLED` where an image of
-                the batch has none.
+            label: (B, 2, *spatial), integer labels of fixed and moving, or None;
+                :data:`~monai_rl_reg.metrics.UNLABELLED` where an image of the batch has none.
 
         Raises:
             ValueError: if the image has not two channels or another number of dimensions.
@@ -198,10 +196,7 @@ class RegistrationTask(Task):
         images, labels = (
             torch.cat([state[f"{role}{part}"] for role in ("fixed", "moving")]) for part in ("", "_label")
         )
-        known = _labelled(labels)
-        if not known.any():
-            return {"anatomy": 0 * self.anatomy(images[:1]).sum()}
-        return {"anatomy": self.anatomy.loss(images[known], labels[known])}
+        return {"anatomy": self.anatomy.loss(images, labels)}
 
     def output(self, state: State) -> Tensor:
         """Return the displacement field, (B, d, *spatial) in voxels of the images."""
@@ -239,7 +234,7 @@ class RegistrationTask(Task):
         folded = (jacobian_determinant(state["displacement"]) <= 0).flatten(1).float().mean(1)
         dice = torch.full_like(folded, torch.nan)
         if self.dice_reward and "fixed_label" in state:
-            known = _labelled(state["fixed_label"], state["moving_label"])
+            known = labelled(state["fixed_label"], state["moving_label"])
             moved, fixed = (state[f"{role}_label"].clamp(min=0) for role in ("moving", "fixed"))
             moved = self.warp_label(moved.float(), self.output(state)).round()
             dice = dice.where(~known, mean_label_dice(moved, fixed, nested=self.nested_labels))
@@ -249,7 +244,7 @@ class RegistrationTask(Task):
         return similarity - self.fold_penalty * folded, dice
 
     def _soft_dice(self, state: State, displacement: Tensor) -> Tensor:
-        known = _labelled(state["fixed_label"], state["moving_label"])
+        known = labelled(state["fixed_label"], state["moving_label"])
         values = torch.unique(state["fixed_label"][known])
         values = values[values > 0].reshape(1, -1, *[1] * self.spatial_dims)
         if values.numel() == 0:  # nothing labelled in these fixed images
@@ -259,8 +254,3 @@ class RegistrationTask(Task):
         moved = (self.dice_sharpness * self.warp(moving, displacement)).clamp(max=1.0)
         dice: Tensor = self.dice(moved[known], fixed[known])
         return dice
-
-
-def _labelled(*labels: Tensor) -> Tensor:
-    """Return which images of a batch, (B,), have all of these label maps."""
-    return torch.stack([label.flatten(1).amin(1) > UNLABELLED for label in labels]).all(0)
