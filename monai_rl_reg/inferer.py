@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
+from monai.networks.blocks import Warp
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.task import State, Task
+from monai_rl_reg.video import flows_between
 
 
 def half_pays(device: str | torch.device) -> bool:
@@ -75,7 +77,13 @@ class StepwiseInferer(Inferer):
 
 
 class FramewiseInferer(StepwiseInferer):
-    """Stepwise inference over the frames of a clip, one call a frame, that carries memories on from frame to frame.
+    """Stepwise inference over the frames of a clip, one call a frame, that carries on what it has from frame to frame.
+
+    Two things make a clip steady: what the policy remembers (``carry``), and a share of each result that is not new but
+    the result before, carried along the optical flow between the two frames, where it holds (as in Ruder et al.,
+    Artistic style transfer for videos, arXiv 1604.08610)::
+
+        result = styled + steadiness * holds * (warp(result before, flow) - styled)
 
     Frames of any size are padded to a multiple of ``multiple`` inside.
 
@@ -83,26 +91,56 @@ class FramewiseInferer(StepwiseInferer):
         task: the environment.
         steps: number of steps a frame.
         carry: entries of the state that go on to the next frame; none treats every frame by itself.
+        steadiness: the share that is carried along the flow, from 0, none, to less than 1.
         multiple: of this many pixels height and width are.
+
+    Raises:
+        ValueError: if ``steadiness`` is out of its range.
     """
 
-    def __init__(self, task: Task, steps: int, *, carry: Sequence[str] = ("frame_memory",), multiple: int = 4) -> None:
+    def __init__(
+        self,
+        task: Task,
+        steps: int,
+        *,
+        carry: Sequence[str] = ("frame_memory",),
+        steadiness: float = 0.0,
+        multiple: int = 4,
+    ) -> None:
         super().__init__(task, steps)
+        if not 0 <= steadiness < 1:
+            raise ValueError(f"expected a steadiness from 0 to less than 1, got {steadiness}")
         self.carry = carry
+        self.steadiness = steadiness
         self.multiple = multiple
-        self.carried: State = {}
+        self.warp = Warp("bilinear", "border")
+        self.restart()
 
     def restart(self) -> None:
         """Forget: the next frame is the first of another clip."""
-        self.carried = {}
+        self.carried: State = {}
+        self.before: tuple[Tensor, Tensor] | None = None  # the last frame and its result
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Return the output for the next frame, (B, C, H, W)."""
-        height, width = inputs.shape[2:]
+        """Return the output for the next frame, (B, C, H, W); with ``steadiness`` B is 1, C is 3, H and W at least 12."""
+        frame = convert_to_tensor(inputs, track_meta=False)
+        height, width = frame.shape[2:]
         pads = [0, -width % self.multiple, 0, -height % self.multiple]
-        *_, last = self.trajectory(F.pad(convert_to_tensor(inputs, track_meta=False), pads, mode="replicate"), network)
+        *_, last = self.trajectory(F.pad(frame, pads, mode="replicate"), network)
         self.carried = {key: last[key] for key in self.carry}
-        return self.task.output(last)[..., :height, :width]
+        result = self.task.output(last)[..., :height, :width]
+        if self.steadiness > 0:
+            result = self._steady(frame, result)
+        return result
+
+    def _steady(self, frame: Tensor, result: Tensor) -> Tensor:
+        if self.before is not None:
+            frame_before, result_before = self.before
+            flow, holds = flows_between([frame_before[0], frame[0]])[0]
+            carried = self.warp(result_before, flow[None].to(result.device))
+            result = result + self.steadiness * holds.to(result.device) * (carried - result)
+        self.before = frame, result
+        return result
 
     def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
         """Yield the first state, with what was carried on, and the state after every step."""

@@ -4,11 +4,13 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from monai_rl_reg.inferer import FramewiseInferer, StepwiseInferer
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.tasks.translation import TranslationTask
 from monai_rl_reg.tasks.video_style import VideoStyleTask
+from monai_rl_reg.video import flows_between, temporal_error
 
 
 class Brighten(nn.Module):
@@ -105,3 +107,45 @@ def test_frames_of_any_size_are_filled_up_by_repeating_their_edge(size: tuple[in
     assert width - size[1] in range(4)
     assert torch.equal(seen[0][..., :3, : size[0], : size[1]][:, :3], frame)
     assert torch.equal(seen[0][:, :3, -1, -1], frame[:, :, -1, -1])
+
+
+class Flicker(Count):
+    """Brightens every frame by a different amount, which no frame deserves."""
+
+    calls = 0
+
+    def forward(self, observation: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.full_like(observation[:, :5], 0.2 * (self.calls % 2))
+
+
+def moving_texture(frames: int) -> list[Tensor]:
+    coarse = torch.rand(1, 3, 12, 14, generator=torch.Generator().manual_seed(0))
+    whole = 0.1 + 0.6 * F.interpolate(coarse, size=(72, 84), mode="bicubic").clamp(0, 1)
+    return [whole[..., 4:68, 2 * i : 2 * i + 64] for i in range(frames)]
+
+
+@pytest.mark.parametrize("steadiness", [0.5, 0.8])
+def test_steadiness_takes_flicker_away_and_lets_things_move(steadiness: float) -> None:
+    pytest.importorskip("cv2")
+    frames = moving_texture(6)
+    flows = flows_between([frame[0] for frame in frames])
+
+    def clip(inferer: FramewiseInferer) -> list[Tensor]:
+        network = Flicker()
+        return [inferer(frame, network)[0] for frame in frames]
+
+    inferer = FramewiseInferer(VideoStyleTask(), 1, steadiness=steadiness)
+    steady, restless = clip(inferer), clip(FramewiseInferer(VideoStyleTask(), 1))
+    before, after = temporal_error(restless, flows), temporal_error(steady, flows)
+    assert after < 1.3 * (1 - steadiness) * before
+    sharp = [(a.mean(), a.std()) for a in (frames[-1][0], steady[-1])]
+    assert sharp[1][1] > 0.9 * sharp[0][1], "what moves is carried along, not smeared"
+    inferer.restart()
+    assert torch.equal(clip(inferer)[0], restless[0]), "the first frame of a clip has none before it"
+
+
+@pytest.mark.parametrize("steadiness", [-0.1, 1.0])
+def test_a_steadiness_out_of_range_is_refused(steadiness: float) -> None:
+    with pytest.raises(ValueError, match=f"expected a steadiness from 0 to less than 1, got {steadiness}"):
+        FramewiseInferer(VideoStyleTask(), 1, steadiness=steadiness)
