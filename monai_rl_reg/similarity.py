@@ -37,6 +37,25 @@ class Similarity(nn.Module, ABC):
     def forward(self, moved: Tensor, fixed: Tensor) -> Tensor:
         """Return the similarity (B,) of images (B, 1, *spatial) scaled to [0, 1]."""
 
+    def pull(self, moved: Tensor, fixed: Tensor) -> Tensor:
+        """Return where each voxel of ``moved`` should look for the similarity to grow, (B, d, *spatial).
+
+        The gradient of the similarity with respect to a displacement of each voxel, times the number of voxels, so
+        that it does not depend on the images' size; no gradient flows back through it. Images are (B, 1, *spatial).
+        """
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(moved.device.type, enabled=False):
+            image, goal = moved.detach().float().clone().requires_grad_(), fixed.detach().float().clone()
+            (gain,) = torch.autograd.grad(self(image, goal).sum(), image)
+        edges = F.pad(moved.detach().float(), [1] * 2 * (moved.ndim - 2), mode="replicate")
+        slopes = []
+        for dim in range(2, moved.ndim):
+            x = edges
+            for other, n in enumerate(moved.shape[2:], start=2):
+                x = x if other == dim else x.narrow(other, 1, n)
+            n = moved.shape[dim]
+            slopes.append((x.narrow(dim, 2, n) - x.narrow(dim, 0, n)) / 2)
+        return gain[0].numel() * gain * torch.cat(slopes, dim=1)
+
 
 class LocalNCC(Similarity):
     """Mean squared local normalised cross-correlation in [0, 1], for images of one modality.

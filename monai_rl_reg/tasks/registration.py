@@ -43,6 +43,9 @@ class RegistrationTask(Task):
             ``action_stride``.
         anatomy: sees the labelled structures in one image; what it sees in both is observed beside the images, and
             its own loss is part of the task's. None observes the images alone.
+        guide: a similarity whose pull on the moved image is observed beside the images: it tells where to go, and the
+            policy learns how far. It is computed on the displacement's grid and on one of half its resolution, 2 d
+            channels in all. None observes the images alone.
         similarity: of the images, in the task loss and the reward; by default :class:`LocalNCC`.
         similarity_weight: its weight in the task loss; 0 leaves it out.
         smoothness_weight: weight of the diffusion regulariser on the composed field, in voxels of its grid.
@@ -65,6 +68,7 @@ class RegistrationTask(Task):
         *,
         field_stride: int = 1,
         anatomy: Anatomy | None = None,
+        guide: Similarity | None = None,
         similarity: Similarity | None = None,
         similarity_weight: float = 1.0,
         smoothness_weight: float = 2.0,
@@ -82,6 +86,7 @@ class RegistrationTask(Task):
         self.spatial_dims = spatial_dims
         self.field_stride = field_stride
         self.anatomy = anatomy
+        self.guide = guide
         self.similarity = LocalNCC(spatial_dims) if similarity is None else similarity
         self.similarity_weight = similarity_weight
         self.smoothness_weight = smoothness_weight
@@ -132,18 +137,27 @@ class RegistrationTask(Task):
         }
         if self.anatomy is not None:
             for role in ("fixed", "moving"):
-                state[f"{role}_anatomy"] = self._reduce(self.anatomy.see(state[role]))
+                state[f"{role}_anatomy"] = self._reduce(self.anatomy.see(state[role]), self.field_stride)
         if label is not None:
             label = label.round().to(torch.int32)
             state["fixed_label"], state["moving_label"] = label[:, :1], label[:, 1:]
         return state
 
     def observe(self, state: State) -> Tensor:
-        """Return (fixed, moved so far), (B, 2, *spatial), and what is seen of the anatomy in each, K channels each."""
+        """Return what the policy sees, (B, C, *spatial).
+
+        C = 2 + 2 d + 2 K: the fixed image and the moved one so far, the pull of ``guide`` on two grids, and what is seen
+        of the anatomy in fixed and moved image, K channels each; without guide or anatomy their channels are left out.
+        """
         seen = [state["fixed"], state["moved"]]
+        if self.guide is not None:
+            images = torch.cat([state["moved"], state["fixed"]], dim=1)
+            for stride in (self.field_stride, 2 * self.field_stride):
+                moved, fixed = self._reduce(images, stride).split(1, dim=1)
+                seen.append(self._repeat(self.guide.pull(moved, fixed), images, stride))
         if self.anatomy is not None:
             for x in (state["fixed_anatomy"], self.warp(state["moving_anatomy"], state["displacement"])):
-                seen.append(self._crop(self._repeat(x), state["fixed"]))
+                seen.append(self._repeat(x, state["fixed"], self.field_stride))
         return torch.cat(seen, dim=1)
 
     def advance(self, state: State, action: Tensor) -> State:
@@ -214,21 +228,21 @@ class RegistrationTask(Task):
         full = F.interpolate(displacement, scale_factor=self.field_stride, mode=mode, align_corners=False)
         return self.field_stride * self._crop(full, image)
 
-    def _repeat(self, x: Tensor) -> Tensor:
-        return x if self.field_stride == 1 else F.interpolate(x, scale_factor=self.field_stride, mode="nearest")
+    def _repeat(self, x: Tensor, image: Tensor, stride: int) -> Tensor:
+        return x if stride == 1 else self._crop(F.interpolate(x, scale_factor=stride, mode="nearest"), image)
 
     def _crop(self, x: Tensor, image: Tensor) -> Tensor:
         for dim, n in enumerate(image.shape[2:], start=2):
             x = x.narrow(dim, 0, n)
         return x
 
-    def _reduce(self, x: Tensor) -> Tensor:
-        """The mean of every block of ``field_stride`` voxels: what lies there of an image or of regions."""
-        if self.field_stride == 1:
+    def _reduce(self, x: Tensor, stride: int) -> Tensor:
+        """The mean of every block of ``stride`` voxels: what lies there of an image or of regions."""
+        if stride == 1:
             return x
-        pads = [p for n in x.shape[:1:-1] for p in (0, -n % self.field_stride)]
+        pads = [p for n in x.shape[:1:-1] for p in (0, -n % stride)]
         pool = F.avg_pool3d if self.spatial_dims == 3 else F.avg_pool2d
-        return pool(F.pad(x, pads, mode="replicate"), self.field_stride)
+        return pool(F.pad(x, pads, mode="replicate"), stride)
 
     def _score(self, state: State) -> tuple[Tensor, Tensor]:
         folded = (jacobian_determinant(state["displacement"]) <= 0).flatten(1).float().mean(1)
@@ -250,7 +264,10 @@ class RegistrationTask(Task):
         if values.numel() == 0:  # nothing labelled in these fixed images
             return displacement.sum() * 0
         region = torch.ge if self.nested_labels else torch.eq
-        moving, fixed = (self._reduce(region(state[f"{role}_label"], values).float()) for role in ("moving", "fixed"))
+        moving, fixed = (
+            self._reduce(region(state[f"{role}_label"], values).float(), self.field_stride)
+            for role in ("moving", "fixed")
+        )
         moved = (self.dice_sharpness * self.warp(moving, displacement)).clamp(max=1.0)
         dice: Tensor = self.dice(moved[known], fixed[known])
         return dice
