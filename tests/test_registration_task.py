@@ -599,3 +599,34 @@ def test_observe_and_loss_with_an_anatomy_read_only_what_the_replay_stores(size:
     terms = task.loss(stored, action, no_policy) | task.own_loss(stored)
     assert set(terms) == {"ncc", "smoothness", "folds", "anatomy"}
     torch.testing.assert_close(terms, task.loss(state, action, no_policy) | task.own_loss(state))
+
+
+@pytest.mark.parametrize("field_stride", [1, 2])
+@pytest.mark.parametrize("size", [*ODD_SIZES, (4, 5)])
+def test_the_pull_of_the_guide_is_observed_on_two_grids(size: tuple[int, ...], field_stride: int) -> None:
+    dims = len(size)
+    task = RegistrationTask(dims, guide=LocalNCC(dims), field_stride=field_stride)
+    image = random_pair(size)
+    state = task.reset(image)
+    observation = task.observe(state)
+    assert observation.shape == (2, 2 + 2 * dims, *size)
+    assert torch.equal(observation[:, :2], image)
+    fine, coarse = observation[:, 2 : 2 + dims], observation[:, 2 + dims :]
+    assert fine.abs().amax() > 0
+    if field_stride == 1:
+        torch.testing.assert_close(fine, LocalNCC(dims).pull(image[:, 1:], image[:, :1]))
+    for pull, stride in ((fine, field_stride), (coarse, 2 * field_stride)):
+        block = pull[(..., *[slice(0, stride)] * dims)].flatten(2)
+        assert torch.equal(block, block[..., :1].expand_as(block)), "one value a voxel of its grid"
+    state["moved"] = state["fixed"]
+    at_rest = task.observe(state)[:, 2:]
+    assert at_rest.abs().amax() < 0.05 * fine.abs().amax(), "nothing pulls where the images agree"
+
+
+def test_a_guide_comes_before_the_anatomy() -> None:
+    size = (12, 9)
+    task = seeing_task(size, field_stride=2, guide=LocalNCC(2))
+    state = task.reset(random_pair(size))
+    without = seeing_task(size, field_stride=2)
+    without.anatomy = task.anatomy
+    assert torch.equal(task.observe(state)[:, 6:], without.observe(state)[:, 2:])

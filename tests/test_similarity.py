@@ -172,3 +172,52 @@ def test_the_whole_images_measures() -> None:
 
 def test_names_as_one_writes_them() -> None:
     assert [title(kind.name) for kind in KINDS] == ["NCC", "mutual information", "MIND"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_pull_is_the_gradient_along_a_displacement(kind: type[Similarity], dims: int) -> None:
+    fixed = picture(dims)
+    moved = Warp("bilinear", "border")(fixed, waves(dims, 32, 1.5))
+    similarity = kind(dims)
+    pull = similarity.pull(moved, fixed)
+    assert pull.shape == (1, dims, *moved.shape[2:])
+    step = 1e-3 * waves(dims, 32, 1.0).roll(1, 1)
+    inside = (slice(None), slice(None), *[slice(1, -1)] * dims)  # at the border nothing is seen beyond it
+    mask = torch.zeros_like(step)
+    mask[inside] = 1.0
+    gradient = torch.cat(torch.gradient(moved[0, 0], dim=list(range(dims)))).reshape(1, dims, *moved.shape[2:])
+    there = moved + (step * mask * gradient).sum(1, keepdim=True)
+    gain = float(similarity(there.double(), fixed.double()) - similarity(moved.double(), fixed.double()))
+    expected = float((pull * step * mask).sum()) / moved[0].numel()
+    assert gain == pytest.approx(expected, rel=0.1)
+
+
+def test_the_pull_does_not_depend_on_how_much_surrounds_it() -> None:
+    fixed = picture(2)
+    moved = Warp("bilinear", "border")(fixed, waves(2, 32, 1.5))
+    alone, beside = LocalNCC(2).pull(moved, fixed), LocalNCC(2).pull(*(torch.cat([x, x], 2) for x in (moved, fixed)))
+    torch.testing.assert_close(beside[:, :, 8:24], alone[:, :, 8:24], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_following_the_pull_raises_the_similarity(kind: type[Similarity]) -> None:
+    fixed, warp = picture(2), Warp("bilinear", "border")
+    moving, similarity = warp(fixed, waves(2, 32, 1.5)), kind(2)
+    displacement, start = torch.zeros(1, 2, 32, 32), float(similarity(moving, fixed))
+    for _ in range(20):
+        pull = similarity.pull(warp(moving, displacement), fixed)
+        pull = F.avg_pool2d(pull, 5, 1, 2)
+        displacement = displacement + 0.3 * pull / pull.norm(dim=1).amax()
+    assert float(similarity(warp(moving, displacement), fixed)) > start + 10 * kind.gain
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pull_is_there_where_no_gradients_are(kind: type[Similarity], mode: type[torch.no_grad]) -> None:
+    similarity, one, two = kind(2), picture(2, seed=0), picture(2, seed=1)
+    with mode():
+        found = similarity.pull(one.clone(), two.clone())
+    torch.testing.assert_close(found, similarity.pull(one.requires_grad_(), two))
+    assert not found.requires_grad
+    assert not similarity.pull(one, two).requires_grad, "none flows back"
