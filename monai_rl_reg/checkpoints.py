@@ -155,11 +155,11 @@ def load_policy(
     Raises:
         InputError: if the file is missing, is no checkpoint, or is one of another architecture.
     """
-    checkpoint = _load(path, map_location)
+    checkpoint = load_checkpoint(path, map_location)
     weights = checkpoint.get("network", checkpoint) if isinstance(checkpoint, dict) else checkpoint
-    _fill(network, weights, path)
+    fill_weights(network, weights, path)
     if anatomy is not None:
-        _fill(anatomy, checkpoint.get("anatomy", {}), path)
+        fill_weights(anatomy, checkpoint.get("anatomy", {}), path)
     return network
 
 
@@ -173,8 +173,10 @@ def load_anatomy(anatomy: torch.nn.Module, path: str | None) -> torch.nn.Module:
         InputError: as :func:`load_policy` does.
     """
     if path is not None:
-        checkpoint = _load(path, "cpu")
-        _fill(anatomy, checkpoint.get("anatomy", checkpoint) if isinstance(checkpoint, dict) else checkpoint, path)
+        checkpoint = load_checkpoint(path, "cpu")
+        fill_weights(
+            anatomy, checkpoint.get("anatomy", checkpoint) if isinstance(checkpoint, dict) else checkpoint, path
+        )
         anatomy.requires_grad_(False)
     return anatomy
 
@@ -185,11 +187,16 @@ def structures_in(path: str) -> int:
     Raises:
         InputError: if the file is missing or is no checkpoint.
     """
-    checkpoint = _load(path, "cpu")
+    checkpoint = load_checkpoint(path, "cpu")
     return int(checkpoint["anatomy"]["structures"]) if isinstance(checkpoint, dict) and "anatomy" in checkpoint else 0
 
 
-def _load(path: str, map_location: str | torch.device) -> Any:
+def load_checkpoint(path: str, map_location: str | torch.device = "cpu") -> Any:
+    """Return what a checkpoint holds.
+
+    Raises:
+        InputError: if the file is missing or is no checkpoint.
+    """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path}: expected a file, found none (train one, or name one with ckpt)")
     try:
@@ -200,7 +207,12 @@ def _load(path: str, map_location: str | torch.device) -> Any:
         ) from error
 
 
-def _fill(network: torch.nn.Module, weights: Any, path: str) -> None:
+def fill_weights(network: torch.nn.Module, weights: Any, path: str) -> None:
+    """Give a network the weights of this file.
+
+    Raises:
+        InputError: if they are of another architecture.
+    """
     expected = network.state_dict()
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"checkpoint {path}: expected the weights of a network, found {type(weights).__name__}")

@@ -95,6 +95,21 @@ def parser() -> argparse.ArgumentParser:
     add("--tfm", action="store_true", help="write the transform as text too, transform.tfm (large)")
     add("-v", "--verbose", action="store_true", help="log what is done")
     add("-q", "--quiet", action="store_true", help="show no progress")
+    command = commands.add_parser(
+        "calibrate",
+        help="teach the judge of a checkpoint what Dice to expect",
+        description="Register pairs with known labels, and keep in the checkpoint how well the structures that "
+        "networks see agreed, and how well the true ones did: quality.json then has expected_dice, without labels.",
+    )
+    add = command.add_argument
+    add("--ckpt", required=True, metavar="FILE", help="weights, which get the judge beside them")
+    add("--pairs", required=True, metavar="CSV", help="columns fixed,moving,fixed_label,moving_label; images that no "
+        "training saw")  # fmt: skip
+    add("--witness", metavar="FILE", help="weights of a training with labels, whose networks bear witness (default: "
+        "those of the policy itself)")  # fmt: skip
+    add("--bundle", metavar="DIR", help="registration bundle (default: bundles/rl_reg of the repository)")
+    add("--device", metavar="NAME", help="cpu, cuda:0, ... (default: CUDA if there is one)")
+    add("-q", "--quiet", action="store_true", help="show no progress")
     commands.add_parser("label-app", help="print the folder of the MONAI Label app, for monailabel start_server --app")
     return top
 
@@ -106,16 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.command == "label-app":
         print(Path(__file__).with_name("label_app"))
         return 0
-    one = args.fixed is not None or args.moving is not None
-    if one == bool(args.pairs) or (one and args.moving is None):
-        top.error("expected FIXED and MOVING, or --pairs")
-    if args.pairs and (args.moving_label or args.fixed_label or args.landmarks):
-        top.error("with --pairs, labels and landmarks are columns of the CSV file")
-    if args.resume and not args.pairs:
-        top.error("--resume goes with --pairs")
+    if args.command == "register":
+        _check(top, args)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("monai_rl_reg").setLevel(logging.INFO if args.verbose else logging.WARNING)
+    verbose = getattr(args, "verbose", False)
+    logging.getLogger("monai_rl_reg").setLevel(logging.INFO if verbose else logging.WARNING)
     try:
+        if args.command == "calibrate":
+            return _calibrate(args)
         return _register_pairs(args) if args.pairs else _register(args)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -126,6 +139,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {found}", file=sys.stderr)
         return 1
+
+
+def _check(top: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    one = args.fixed is not None or args.moving is not None
+    if one == bool(args.pairs) or (one and args.moving is None):
+        top.error("expected FIXED and MOVING, or --pairs")
+    if args.pairs and (args.moving_label or args.fixed_label or args.landmarks):
+        top.error("with --pairs, labels and landmarks are columns of the CSV file")
+    if args.resume and not args.pairs:
+        top.error("--resume goes with --pairs")
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from monai_rl_reg.judge import calibrate  # torch and MONAI take seconds: not for --help
+
+    judge = calibrate(
+        args.pairs, args.ckpt, witness=args.witness, bundle=args.bundle, device=args.device, progress=not args.quiet
+    )
+    print(f"{args.ckpt} expects Dice from {len(judge.seen)} steps of registrations")
+    return 0
 
 
 def _register(args: argparse.Namespace) -> int:
@@ -149,6 +182,9 @@ def _register(args: argparse.Namespace) -> int:
     figures = [f"{title(name)} {quality[f'{name}_before']:.3f} -> {quality[f'{name}_after']:.3f}"]
     if "dice_after" in quality:
         figures.append(f"Dice {quality['dice_before']:.3f} -> {quality['dice_after']:.3f}")
+    elif "expected_dice" in quality:
+        low, high = quality["expected_dice_range"]
+        figures.append(f"expected Dice {quality['expected_dice']:.3f} ({low:.3f} to {high:.3f})")
     figures.append(f"folded {quality['folded_percent']:.2g} %")
     figures.append(f"{quality['steps']} steps, {quality['seconds']:.1f} s")
     print(", ".join(figures))

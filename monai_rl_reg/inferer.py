@@ -122,7 +122,7 @@ class FramewiseInferer(StepwiseInferer):
         self.before: tuple[Tensor, Tensor] | None = None  # the last frame and its result
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Return the output for the next frame, (B, C, H, W); with ``steadiness`` B is 1, C is 3, H and W at least 12."""
+        """Return the output for the next frame, (1, 3, H, W); with ``steadiness`` H and W are at least 12."""
         frame = convert_to_tensor(inputs, track_meta=False)
         height, width = frame.shape[2:]
         pads = [0, -width % self.multiple, 0, -height % self.multiple]

@@ -12,8 +12,10 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.inferer import StepwiseInferer
+from monai_rl_reg.judge import load_judge
 from monai_rl_reg.refinement import FOLD_WEIGHT
 from monai_rl_reg.similarity import Similarity
 from monai_rl_reg.tasks.registration import RegistrationTask
@@ -67,6 +69,10 @@ class PolicyBundle:
 
     Whatever the configuration's ``run`` does before it runs the evaluator is done here: loading the weights.
 
+    Attributes:
+        judge: tells what Dice to expect, where the checkpoint has one.
+        witness: sees structures in the images, by which the judge judges: its own, else the policy's, if it has any.
+
     Args:
         folder: the bundle; by default ``bundles/rl_reg`` of the repository that this package lies in.
         ckpt: weights; by default those that the configuration names.
@@ -103,8 +109,12 @@ class PolicyBundle:
             for i, line in enumerate(parser["run"]):
                 if "@evaluator" not in str(line):
                     parser.get_parsed_content(f"run::{i}")
+            judge = load_judge(self.ckpt, spatial_dims)
         except Exception as error:
             raise find_input_error(error) or error from error
+        self.judge = None if judge is None else judge.to(self.device)
+        own = getattr(self.task, "anatomy", None)
+        self.witness: Anatomy | None = judge.witness if judge is not None and judge.witness is not None else own
         self.pixdim = parser.get("pixdim")
 
     @property
@@ -147,16 +157,15 @@ class PolicyBundle:
 
     @torch.no_grad()
     def see(self, image: Tensor) -> Tensor | None:
-        """Return the labels that the policy sees by itself in images (1, 2, *spatial), the same shape, int32.
+        """Return the labels that networks see in images (1, 2, *spatial), the same shape, int32.
 
-        None where it was trained without labels and sees no structures.
+        Those of the judge's witness, else of the policy itself; None where there is neither.
         """
-        anatomy = getattr(self.task, "anatomy", None)
-        if anatomy is None:
+        if self.witness is None:
             return None
         images = image.to(self.device).split(1, dim=1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.inferer.half):
-            return torch.cat([anatomy(x).argmax(1, keepdim=True).int() for x in images], dim=1)
+            return torch.cat([self.witness(x).argmax(1, keepdim=True).int() for x in images], dim=1)
 
     def _training(self) -> list[Path]:
         names = ["train.json", WITH_LABELS] if self.sees else ["train.json"]

@@ -19,7 +19,9 @@ MOST_FOLDED = 1.0
 """Percentage of folded voxels above which a registration comes with a warning."""
 LEAST_SEEN = 0.8
 """Dice of structures that the policy sees below which it comes with one: on images like those of the training it is
-over 0.9, on others was under 0.6."""
+over 0.9, on others was under 0.6. Where there is a judge, :data:`LEAST_EXPECTED` takes its place."""
+LEAST_EXPECTED = 0.65
+"""Expected Dice below which a registration comes with a warning."""
 
 
 def versions() -> dict[str, str]:
@@ -64,15 +66,28 @@ def warnings_about(quality: dict[str, Any]) -> list[str]:
     in both images do, a lower similarity is no fault.
     """
     found = []
-    seen, hint = quality.get("seen_dice_after"), "they may be unlike those that the weights were trained on"
-    if seen is not None and seen < LEAST_SEEN:
-        found.append(f"the structures that the policy sees in both images agree by a Dice of {seen:.2f} only: {hint}")
+    seen, expected = quality.get("seen_dice_after"), quality.get("expected_dice")
+    hint = "they may be unlike those that the weights were trained on"
+    good = False
+    if expected is not None:
+        good = expected >= LEAST_EXPECTED
+        if not good:
+            low, high = quality["expected_dice_range"]
+            found.append(
+                f"the structures are expected to agree by a Dice of {expected:.2f} ({low:.2f} to {high:.2f}) only"
+            )
+    elif seen is not None:
+        good = seen >= LEAST_SEEN
+        if not good:
+            found.append(
+                f"the structures that the policy sees in both images agree by a Dice of {seen:.2f} only: {hint}"
+            )
     name = quality["similarity"]
     before, after = quality[f"{name}_before"], quality[f"{name}_after"]
-    if after < before and (seen is None or seen < LEAST_SEEN):
+    if after < before and not good:
         found.append(
             f"the similarity of the images fell, {title(name)} {before:.3f} to {after:.3f}"
-            + (f": {hint}" if seen is None else "")
+            + ("" if found else f": {hint}")
         )
     if quality.get("dice_after", math.nan) < quality.get("dice_before", math.nan):
         found.append(f"the labels agree less, Dice {quality['dice_before']:.3f} to {quality['dice_after']:.3f}")

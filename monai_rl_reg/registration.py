@@ -65,7 +65,7 @@ class Registration:
         history: the policy's displacement ``(d, *working)`` in working voxels after 0, 1, ... steps; after the last
             step comes the refined one, if asked for.
         curve: for each of these, the similarity under its name; where both labels are given, ``dice``; where the
-            policy sees structures by itself, ``seen_dice``.
+            policy or its judge's witness sees structures, ``seen_dice``.
     """
 
     fixed: MetaTensor
@@ -193,6 +193,9 @@ class Registrar:
         for key in (name, "seen_dice"):
             if key in steps.curve[0]:
                 quality |= {f"{key}_before": steps.curve[0][key], f"{key}_after": steps.curve[-1][key]}
+        if bundle.judge is not None and "seen_dice_after" in quality:
+            expected = bundle.judge.expect(quality["seen_dice_after"])
+            quality |= {"expected_dice": expected.dice, "expected_dice_range": [expected.low, expected.high]}
         if moved_label is not None and unmoved_label is not None and pair.fixed_label is not None:
             quality |= dice_figures(moved_label, unmoved_label, pair.fixed_label)
         quality |= field_figures(way.displacement.displacement, way.displacement.affine)

@@ -35,8 +35,8 @@ class Steps:
 
     Attributes:
         history: displacement (d, *working) in working voxels after 0, 1, ... steps, then after the refinement.
-        curve: the similarity of each under its name and, with labels, ``dice``; if the policy sees structures by
-            itself, ``seen_dice``, by what it saw in both images before the first step.
+        curve: the similarity of each under its name and, with labels, ``dice``; if the policy or its judge's witness
+            sees structures, ``seen_dice``, by what it saw in both images before the first step.
         taken: number of steps.
         refinement: its figures, if there was one.
     """
@@ -62,7 +62,7 @@ def take_steps(
         bundle: policy and task.
         working: the pair.
         limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number, when a step gains less
-            than :data:`GAIN` in Dice of the structures that the policy sees or, if it sees none, less than the
+            than :data:`GAIN` in Dice of the structures seen or, if none are seen, less than the
             similarity's own threshold; a step that loses is taken back.
         refine_seconds: most wall time of the refinement; 0 for none.
         tick: called after each step.
@@ -102,7 +102,7 @@ def take_steps(
             break
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
-        proximity = 0.0 if seen is None else PROXIMITY
+        proximity = PROXIMITY if bundle.sees else 0.0
         task = bundle.refinement_task()
         refined = refine(task, state, bundle.network, seconds=refine_seconds, proximity=proximity)
         note(refined.state)
@@ -115,8 +115,8 @@ def alignment_helps(bundle: PolicyBundle, fixed: MetaTensor, moving: MetaTensor,
     """Return whether the policy itself gets on better from an initial alignment than from the images as they lie.
 
     Resampling by an affine blurs the moving image and cuts it off, so that the policy sees less in it. Where it gets
-    there by its own steps, an alignment costs accuracy, however much it raises the correlation. A policy that sees no
-    structures cannot tell, and takes it.
+    there by its own steps, an alignment costs accuracy, however much it raises the correlation. Where no structures are
+    seen nobody can tell, and it is taken.
 
     Args:
         bundle: policy and task.
@@ -124,7 +124,7 @@ def alignment_helps(bundle: PolicyBundle, fixed: MetaTensor, moving: MetaTensor,
         moving: (1, *spatial).
         alignment: (4, 4), from fixed to moving space, RAS millimetres.
     """
-    if not bundle.sees:
+    if bundle.witness is None:
         return True
 
     def seen_after(initial: Tensor) -> float:

@@ -146,8 +146,8 @@ class RegistrationTask(Task):
     def observe(self, state: State) -> Tensor:
         """Return what the policy sees, (B, C, *spatial).
 
-        C = 2 + 2 d + 2 K: the fixed image and the moved one so far, the pull of ``guide`` on two grids, and what is seen
-        of the anatomy in fixed and moved image, K channels each; without guide or anatomy their channels are left out.
+        C = 2 + 2 d + 2 K: the fixed image and the moved one so far, the pull of ``guide`` on two grids, and what is
+        seen of the anatomy in fixed and moved image, K channels each; without guide or anatomy less theirs.
         """
         seen = [state["fixed"], state["moved"]]
         if self.guide is not None:

@@ -1,0 +1,153 @@
+"""The judge of a registration without labels: what Dice to expect of it, and between which bounds.
+
+Similarity says little of how well structures agree. Networks that see the structures in each image say more: a
+*witness* looks at both images, and how well what it sees agrees after the registration, the seen Dice, goes with the
+true Dice. It is not the true Dice: a witness errs, and a policy that sees by the same networks fits their errors. So
+the judge keeps, of registrations whose true Dice is known, the seen and the true one, and answers with those nearest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from monai_rl_reg.anatomy import Anatomy
+from monai_rl_reg.checkpoints import fill_weights, load_checkpoint
+from monai_rl_reg.data import read_pairs
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.nifti import replacing
+
+NEAREST = 50
+"""Known registrations that answer for one whose Dice is not known."""
+BOUNDS = (0.05, 0.95)
+"""Quantiles of their true Dice that the expected Dice is given with."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What Dice to expect: the mean of the nearest known ones, and their 5th and 95th percentile."""
+
+    dice: float
+    low: float
+    high: float
+
+
+class Judge(nn.Module):
+    """A witness, where the policy has none of its own, and the known registrations.
+
+    Args:
+        seen: seen Dice of the known registrations, (N,).
+        true: their true Dice, (N,).
+        witness: sees the structures; None leaves that to the policy's own anatomy.
+    """
+
+    def __init__(self, seen: Tensor, true: Tensor, witness: Anatomy | None = None) -> None:
+        super().__init__()
+        order = seen.argsort()
+        self.seen: Tensor
+        self.true: Tensor
+        self.register_buffer("seen", seen[order].float())
+        self.register_buffer("true", true[order].float())
+        self.witness = witness
+
+    def expect(self, seen: float) -> Expected:
+        """Return what Dice to expect of a registration with this seen Dice."""
+        nearest = (self.seen - seen).abs().argsort(stable=True)[:NEAREST]
+        low, high = self.true[nearest].quantile(self.true.new_tensor(BOUNDS)).tolist()
+        return Expected(float(self.true[nearest].mean()), low, high)
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it; the witness's weights in half precision."""
+        found: dict[str, Any] = {"seen": self.seen, "true": self.true}
+        if self.witness is not None:
+            weights = self.witness.state_dict()
+            found["witness"] = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        return found
+
+
+def load_judge(path: str, spatial_dims: int) -> Judge | None:
+    """Return the judge that a checkpoint holds, or None where :func:`calibrate` has not put one there.
+
+    Raises:
+        InputError: if the file is missing or is no checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    saved = checkpoint.get("judge") if isinstance(checkpoint, dict) else None
+    if saved is None:
+        return None
+    witness = _witness(saved["witness"], path, spatial_dims) if "witness" in saved else None
+    return Judge(saved["seen"], saved["true"], witness)
+
+
+def _witness(weights: dict[str, Tensor], path: str, spatial_dims: int) -> Anatomy:
+    members = len({key.split(".")[1] for key in weights if key.startswith("members.")})
+    anatomy = Anatomy(spatial_dims, int(weights["structures"]), members=members)
+    fill_weights(anatomy, weights, path)
+    return anatomy.eval()
+
+
+def calibrate(
+    pairs: str | Path | Sequence[Any],
+    ckpt: str,
+    *,
+    witness: str | None = None,
+    bundle: str | Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> Judge:
+    """Give a checkpoint its judge: register pairs with known labels, and keep seen and true Dice after every step.
+
+    The early steps are what failures look like.
+
+    Args:
+        pairs: CSV with the columns ``fixed,moving,fixed_label,moving_label``, or its rows as dictionaries; of images
+            that no training saw.
+        ckpt: the policy's weights; the file gets the judge beside them.
+        witness: checkpoint of a training with labels whose networks bear witness. By default the policy's own do,
+            where it was trained with labels.
+        bundle: folder of the bundle; by default ``bundles/rl_reg`` of the repository.
+        device: where to compute.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: if a pair has no labels, there are too few, or neither checkpoint sees structures.
+    """
+    from monai_rl_reg.registration import Registrar  # which asks the judge
+    from monai_rl_reg.request import Options, Pair
+
+    rows = read_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
+    registrar = Registrar(bundle=bundle, ckpt=ckpt, device=device)
+    policy = registrar.bundle()
+    bears = None if policy.judge is None else policy.judge.witness
+    policy.judge = None
+    if witness is not None:
+        weights = load_checkpoint(witness).get("anatomy")
+        if weights is None:
+            raise InputError(f"witness {witness}: expected weights of a training with labels, found others")
+        policy.witness = bears = _witness(weights, witness, 3).to(policy.device)
+    elif policy.witness is None:
+        raise InputError(f"checkpoint {ckpt}: it sees no structures itself; expected a witness that does, found none")
+    seen, true = [], []
+    for row in tqdm(rows, desc="calibrating", unit="pair", disable=not progress, dynamic_ncols=True):
+        missing = [key for key in ("fixed_label", "moving_label") if not row.get(key)]
+        if missing:
+            raise InputError(f"pair of {row['fixed']}: expected labels of both images, found no {missing[0]}")
+        pair = Pair.read(**{key: row[key] for key in ("fixed", "moving", "fixed_label", "moving_label")})
+        for step in registrar.register(pair, Options(inverse=False)).curve:
+            seen.append(step["seen_dice"])
+            true.append(step["dice"])
+    if len(seen) < NEAREST:
+        raise InputError(f"calibration: expected at least {NEAREST} steps of registrations, found {len(seen)}")
+    judge = Judge(torch.tensor(seen), torch.tensor(true), bears)
+    checkpoint = load_checkpoint(ckpt)
+    kept = checkpoint if "network" in checkpoint else {"network": checkpoint}
+    with replacing(Path(os.path.realpath(ckpt))) as temporary:
+        torch.save(kept | {"judge": judge.saved()}, temporary)
+    return judge
