@@ -75,3 +75,12 @@ def trained(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run_bundle("training", "train", dataset_dir=cohort, output_dir=output, **SMALL | {"epoch_length": 4})
     assert result.returncode == 0, result.stderr[-3000:]
     return output
+
+
+@pytest.fixture(scope="session")
+def trained_with_labels(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a short training with the overlay for labels."""
+    output = tmp_path_factory.mktemp("run_with_labels") / "output"
+    result = run_bundle("training", "train", "with_labels", dataset_dir=cohort, output_dir=output, **SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return output

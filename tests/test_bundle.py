@@ -71,15 +71,6 @@ def test_training_without_labels(cohort: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model.pt").is_file()
 
 
-@pytest.fixture(scope="module")
-def trained_with_labels(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a short training with the overlay for labels."""
-    output = tmp_path_factory.mktemp("run_with_labels") / "output"
-    result = run_bundle("training", "train", "with_labels", dataset_dir=cohort, output_dir=output, **SMALL)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return output
-
-
 def test_training_with_labels_leaves_what_has_learnt_to_see_them(trained: Path, trained_with_labels: Path) -> None:
     for name in ("model.pt", "checkpoint_final.pt"):
         assert structures_in(str(trained_with_labels / name)) == 4

@@ -1,0 +1,127 @@
+"""The judge: what it expects is what happened to registrations like it, and a checkpoint keeps it."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+
+from monai_rl_reg.checkpoints import load_checkpoint
+from monai_rl_reg.command_line import main
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.judge import NEAREST, Judge, calibrate, load_judge
+from monai_rl_reg.quality import warnings_about
+from monai_rl_reg.registration import register
+
+
+def write_pairs(path: Path, cohort: Path, count: int, *, labels: bool = True) -> Path:
+    rows = ["fixed,moving,fixed_label,moving_label"]
+    for pair in list(permutations(range(6), 2))[:count]:
+        row = [f"{cohort}/imagesTr/phantom_{i:03d}.nii.gz" for i in pair]
+        row += [f"{cohort}/labelsTr/phantom_{i:03d}.nii.gz" if labels else "" for i in pair]
+        rows.append(",".join(row))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_it_expects_what_the_nearest_known_registrations_had() -> None:
+    seen = torch.linspace(0, 1, 501)[torch.randperm(501)]
+    judge = Judge(seen, 0.5 + 0.4 * seen)
+    for value in (0.2, 0.5, 0.8):
+        expected = judge.expect(value)
+        assert expected.dice == pytest.approx(0.5 + 0.4 * value, abs=1e-3)
+        width = 0.4 * 0.9 * (NEAREST - 1) * 0.002
+        assert expected.high - expected.low == pytest.approx(width, abs=2e-3)
+        assert expected.low < expected.dice < expected.high
+    assert judge.expect(-1.0) == judge.expect(0.0), "beyond what is known it answers with the last that is"
+
+
+def test_its_range_holds_nine_of_ten() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = torch.rand(count, generator=generator)
+        return seen, seen.sqrt() * 0.8 + 0.05 * torch.randn(count, generator=generator)
+
+    judge = Judge(*draw(1000))
+    inside = 0
+    for seen, true in zip(*draw(1000), strict=True):
+        expected = judge.expect(float(seen))
+        inside += int(expected.low <= true <= expected.high)
+    assert 0.85 < inside / 1000 < 0.94
+
+
+def test_a_checkpoint_gets_a_judge_and_a_registration_its_expected_dice(
+    cohort: Path, trained: Path, trained_with_labels: Path, tmp_path: Path
+) -> None:
+    ckpt = shutil.copy(trained / "model.pt", tmp_path / "model.pt")
+    pairs = write_pairs(tmp_path / "pairs.csv", cohort, 10)
+    before = load_checkpoint(str(ckpt))
+    command = ["calibrate", "--ckpt", str(ckpt), "--pairs", str(pairs), "--device", "cpu", "--quiet"]
+    assert main([*command, "--witness", str(trained_with_labels / "model.pt")]) == 0
+    after = load_checkpoint(str(ckpt))
+    assert after.keys() == {"network", "judge"}
+    assert all(torch.equal(value, before[key]) for key, value in after["network"].items())
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["model.pt"]
+    judge = load_judge(str(ckpt), 3)
+    assert judge is not None
+    assert judge.witness is not None
+    assert len(judge.seen) == len(judge.true) == 60, "five steps and the start of each pair"
+    images = [cohort / "imagesTr" / f"phantom_{i:03d}.nii.gz" for i in (0, 1)]
+    quality = register(*images, ckpt=ckpt, device="cpu").quality
+    expected = judge.expect(quality["seen_dice_after"])
+    assert quality["expected_dice"] == expected.dice
+    assert quality["expected_dice_range"] == [expected.low, expected.high]
+    assert main(command) == 0, "again, by the witness that it has"
+    again = load_judge(str(ckpt), 3)
+    assert again is not None
+    assert again.witness is not None
+    torch.testing.assert_close(again.true, judge.true)
+
+
+def test_a_policy_that_sees_is_its_own_witness(cohort: Path, trained_with_labels: Path, tmp_path: Path) -> None:
+    ckpt = shutil.copy(trained_with_labels / "model.pt", tmp_path / "model.pt")
+    judge = calibrate(write_pairs(tmp_path / "pairs.csv", cohort, 10), str(ckpt), device="cpu")
+    assert judge.witness is None
+    assert load_checkpoint(str(ckpt)).keys() == {"network", "anatomy", "judge"}
+    loaded = load_judge(str(ckpt), 3)
+    assert loaded is not None
+    assert torch.equal(loaded.seen, judge.seen)
+
+
+def test_without_a_judge_nothing_is_expected(cohort: Path, trained: Path) -> None:
+    assert load_judge(str(trained / "model.pt"), 3) is None
+    images = [cohort / "imagesTr" / f"phantom_{i:03d}.nii.gz" for i in (0, 1)]
+    assert "expected_dice" not in register(*images, ckpt=trained / "model.pt", device="cpu").quality
+
+
+def test_what_cannot_be_calibrated_is_refused(
+    cohort: Path, trained: Path, trained_with_labels: Path, tmp_path: Path
+) -> None:
+    ckpt = shutil.copy(trained / "model.pt", tmp_path / "model.pt")
+    content = ckpt.read_bytes()
+    pairs = write_pairs(tmp_path / "pairs.csv", cohort, 2)
+    with pytest.raises(InputError, match="it sees no structures itself"):
+        calibrate(pairs, str(ckpt), device="cpu")
+    with pytest.raises(InputError, match="expected weights of a training with labels"):
+        calibrate(pairs, str(ckpt), witness=str(ckpt), device="cpu")
+    witness = str(trained_with_labels / "model.pt")
+    with pytest.raises(InputError, match="expected at least 50 steps of registrations, found 12"):
+        calibrate(pairs, str(ckpt), witness=witness, device="cpu")
+    unlabelled = write_pairs(tmp_path / "unlabelled.csv", cohort, 2, labels=False)
+    with pytest.raises(InputError, match="expected labels of both images, found no fixed_label"):
+        calibrate(unlabelled, str(ckpt), witness=witness, device="cpu")
+    assert ckpt.read_bytes() == content
+
+
+def test_a_poor_expectation_is_a_warning_and_a_good_one_excuses_a_lower_similarity() -> None:
+    figures = {"similarity": "ncc", "ncc_before": 0.5, "ncc_after": 0.7, "folded_percent": 0.2, "seen_dice_after": 0.7}
+    good = figures | {"expected_dice": 0.75, "expected_dice_range": [0.7, 0.8]}
+    poor = figures | {"expected_dice": 0.55, "expected_dice_range": [0.45, 0.64]}
+    assert warnings_about(good) == []
+    assert warnings_about(good | {"ncc_after": 0.4}) == []
+    assert warnings_about(poor)[0].startswith("a Dice of 0.55 only (0.45 to 0.64) is to be expected of the labels")
+    assert len(warnings_about(poor | {"ncc_after": 0.4})) == 2
