@@ -1,10 +1,11 @@
-"""How well is the true Dice told without labels? Pairs of half of the images teach the judge, those of the others test it.
+"""How well is the true Dice told without labels?
 
     python tests/benchmarks/judge.py pairs.csv --ckpt model.pt [--witness with_labels.pt] --output judge
 
-The images and labels of the pairs are paired anew, within each half. Of the registrations of the second half, after every step: the rank correlation of the true
-Dice with the expected Dice, with the seen Dice it comes from and with the similarity; the area under the ROC curve for
-finding those under a Dice of 0.65; and the share of true Dice within the expected range of 90 %.
+The images and labels of the pairs are paired anew, within each half of the images: one half teaches the judge, the
+other one tests it. Of the other half's registrations, after every step: the rank correlation of the true Dice with the
+expected Dice, with the seen Dice that it comes from and with the similarity; the area under the ROC curve for finding
+those under a Dice of 0.65; and the share of true Dice within the expected range of 90 %.
 """
 
 from __future__ import annotations
