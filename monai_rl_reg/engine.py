@@ -105,8 +105,11 @@ class ReinforcementUpdate:
         scaler = engine.scaler if engine.scaler is not None and engine.scaler.is_enabled() else None
         if scaler is None:
             total.backward()
-            self._clip(engine.optimizer)
-            engine.optimizer.step()
+            finite = self._clip(engine.optimizer)
+            # torch's bfloat16 convolutions return garbage gradients for grids of 2 voxels a side, now and then (seen in
+            # 2.14 on CPUs); as a gradient scaler does, such an update is left out
+            if finite or not engine.amp:
+                engine.optimizer.step()
         else:
             scaler.scale(total).backward()
             scaler.unscale_(engine.optimizer)
@@ -116,10 +119,12 @@ class ReinforcementUpdate:
         unwrap(loss).update_targets()
         return {Keys.LOSS: total.detach(), **{name: value.detach() for name, value in (terms | figures).items()}}
 
-    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+    def _clip(self, optimizer: torch.optim.Optimizer) -> bool:
         # by group, so that a large error of the critics does not shrink the policy's step
-        for group in optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups
+        ]
+        return all(bool(torch.isfinite(norm)) for norm in norms)
 
 
 def unwrap(loss: Any) -> SoftActorCriticLoss:
