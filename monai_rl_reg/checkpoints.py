@@ -191,6 +191,19 @@ def structures_in(path: str) -> int:
     return int(checkpoint["anatomy"]["structures"]) if isinstance(checkpoint, dict) and "anatomy" in checkpoint else 0
 
 
+def guided_in(path: str) -> bool:
+    """Return whether a registration checkpoint's policy observes the pull of the similarity: it then takes more
+    channels than images and structures have.
+
+    Raises:
+        InputError: if the file is missing or is no checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint.get("network", checkpoint) if isinstance(checkpoint, dict) else {}
+    first = weights.get("planner.levels.0.0.conv.weight")
+    return isinstance(first, Tensor) and first.shape[1] > 2 + 2 * structures_in(path)
+
+
 def load_checkpoint(path: str, map_location: str | torch.device = "cpu") -> Any:
     """Return what a checkpoint holds.
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import Act, State, Task
 
-LEARNING_RATE = 0.02
-"""Of Adam, in voxels of the field's grid: about the most that a voxel moves in one iteration."""
+LEARNING_RATE = 0.1
+"""Of Adam in the first iteration, in voxels of the field's grid: about the most that a voxel moves in it."""
+HALVED_AFTER = 20
+"""Iterations after which the learning rate is half of that, a third after twice as many, and so on."""
 FOLD_WEIGHT = 10.0
 """Of the task loss's term against folds, where the task itself has none or a smaller one."""
 PROXIMITY = 10.0
@@ -80,7 +82,9 @@ def refine(
     roughness = DiffusionLoss()
     with torch.enable_grad():
         action.requires_grad_()
-        optimiser = torch.optim.Adam([action], lr=LEARNING_RATE / (1 + proximity))  # a steeper bowl, a shorter step
+        rate = LEARNING_RATE / (1 + proximity)  # a steeper bowl, a shorter step
+        optimiser = torch.optim.Adam([action], lr=rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 1 / (1 + done / HALVED_AFTER))
         while True:
             loss = torch.stack(list(task.loss(state, action, act).values())).sum()
             if proximity > 0:
@@ -94,6 +98,7 @@ def refine(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            schedule.step()
             done += 1
     with torch.no_grad():
         refined = task.advance(state, best) if best.any() else state
