@@ -74,7 +74,7 @@ def warnings_about(quality: dict[str, Any]) -> list[str]:
         if not good:
             low, high = quality["expected_dice_range"]
             found.append(
-                f"the structures are expected to agree by a Dice of {expected:.2f} ({low:.2f} to {high:.2f}) only"
+                f"a Dice of {expected:.2f} only ({low:.2f} to {high:.2f}) is to be expected of the labels: {hint}"
             )
     elif seen is not None:
         good = seen >= LEAST_SEEN

@@ -12,7 +12,7 @@ import torch
 from monai_rl_reg.checkpoints import load_checkpoint
 from monai_rl_reg.command_line import main
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.judge import NEAREST, Judge, calibrate, load_judge
+from monai_rl_reg.judge import NEAREST, WIDER, Judge, calibrate, load_judge
 from monai_rl_reg.quality import warnings_about
 from monai_rl_reg.registration import register
 
@@ -33,13 +33,13 @@ def test_it_expects_what_the_nearest_known_registrations_had() -> None:
     for value in (0.2, 0.5, 0.8):
         expected = judge.expect(value)
         assert expected.dice == pytest.approx(0.5 + 0.4 * value, abs=1e-3)
-        width = 0.4 * 0.9 * (NEAREST - 1) * 0.002
+        width = WIDER * 0.4 * 0.9 * (NEAREST - 1) * 0.002
         assert expected.high - expected.low == pytest.approx(width, abs=2e-3)
         assert expected.low < expected.dice < expected.high
     assert judge.expect(-1.0) == judge.expect(0.0), "beyond what is known it answers with the last that is"
 
 
-def test_its_range_holds_nine_of_ten() -> None:
+def test_its_range_holds_nearly_all_of_what_it_was_taught_with() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +51,7 @@ def test_its_range_holds_nine_of_ten() -> None:
     for seen, true in zip(*draw(1000), strict=True):
         expected = judge.expect(float(seen))
         inside += int(expected.low <= true <= expected.high)
-    assert 0.85 < inside / 1000 < 0.94
+    assert 0.98 < inside / 1000 < 1, "it is wider than the nine of ten of such: other people's differ more"
 
 
 def test_a_checkpoint_gets_a_judge_and_a_registration_its_expected_dice(
