@@ -314,4 +314,4 @@ def test_monai_exports_the_network(trained: Path, tmp_path: Path) -> None:
         ckpt=str(trained / "model.pt"),  # says how many channels the network has
     )
     network = torch.jit.load(exported)
-    assert network(torch.rand(1, 2, 20, 17, 24)).shape == (1, 3, 10, 9, 12)
+    assert network(torch.rand(1, 8, 20, 17, 24)).shape == (1, 3, 10, 9, 12)
