@@ -47,13 +47,8 @@ class Similarity(nn.Module, ABC):
             image, goal = moved.detach().float().clone().requires_grad_(), fixed.detach().float().clone()
             (gain,) = torch.autograd.grad(self(image, goal).sum(), image)
         edges = F.pad(moved.detach().float(), [1] * 2 * (moved.ndim - 2), mode="replicate")
-        slopes = []
-        for dim in range(2, moved.ndim):
-            x = edges
-            for other, n in enumerate(moved.shape[2:], start=2):
-                x = x if other == dim else x.narrow(other, 1, n)
-            n = moved.shape[dim]
-            slopes.append((x.narrow(dim, 2, n) - x.narrow(dim, 0, n)) / 2)
+        inside: Any = (..., *[slice(1, -1)] * (moved.ndim - 2))
+        slopes = [slope[inside] for slope in torch.gradient(edges, dim=list(range(2, moved.ndim)))]
         return gain[0].numel() * gain * torch.cat(slopes, dim=1)
 
 
