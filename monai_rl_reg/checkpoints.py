@@ -187,8 +187,7 @@ def structures_in(path: str) -> int:
     Raises:
         InputError: if the file is missing or is no checkpoint.
     """
-    checkpoint = load_checkpoint(path, "cpu")
-    return int(checkpoint["anatomy"]["structures"]) if isinstance(checkpoint, dict) and "anatomy" in checkpoint else 0
+    return _structures(load_checkpoint(path))
 
 
 def guided_in(path: str) -> bool:
@@ -201,7 +200,11 @@ def guided_in(path: str) -> bool:
     checkpoint = load_checkpoint(path)
     weights = checkpoint.get("network", checkpoint) if isinstance(checkpoint, dict) else {}
     first = weights.get("planner.levels.0.0.conv.weight")
-    return isinstance(first, Tensor) and first.shape[1] > 2 + 2 * structures_in(path)
+    return isinstance(first, Tensor) and first.shape[1] > 2 + 2 * _structures(checkpoint)
+
+
+def _structures(checkpoint: Any) -> int:
+    return int(checkpoint["anatomy"]["structures"]) if isinstance(checkpoint, dict) and "anatomy" in checkpoint else 0
 
 
 def load_checkpoint(path: str, map_location: str | torch.device = "cpu") -> Any:
