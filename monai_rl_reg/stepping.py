@@ -115,8 +115,8 @@ def alignment_helps(bundle: PolicyBundle, fixed: MetaTensor, moving: MetaTensor,
     """Return whether the policy itself gets on better from an initial alignment than from the images as they lie.
 
     Resampling by an affine blurs the moving image and cuts it off, so that the policy sees less in it. Where it gets
-    there by its own steps, an alignment costs accuracy, however much it raises the correlation. Where no structures are
-    seen nobody can tell, and it is taken.
+    there by its own steps, an alignment costs accuracy, however much it raises the correlation. A policy that sees no
+    structures itself takes it.
 
     Args:
         bundle: policy and task.
@@ -124,7 +124,7 @@ def alignment_helps(bundle: PolicyBundle, fixed: MetaTensor, moving: MetaTensor,
         moving: (1, *spatial).
         alignment: (4, 4), from fixed to moving space, RAS millimetres.
     """
-    if bundle.witness is None:
+    if not bundle.sees:
         return True
 
     def seen_after(initial: Tensor) -> float:
