@@ -108,7 +108,7 @@ class ReinforcementUpdate:
             finite = self._clip(engine.optimizer)
             # torch's bfloat16 convolutions return garbage gradients for grids of 2 voxels a side, now and then (seen in
             # 2.14 on CPUs); as a gradient scaler does, such an update is left out
-            if finite or not engine.amp:
+            if not engine.amp or bool(finite):
                 engine.optimizer.step()
         else:
             scaler.scale(total).backward()
@@ -119,12 +119,12 @@ class ReinforcementUpdate:
         unwrap(loss).update_targets()
         return {Keys.LOSS: total.detach(), **{name: value.detach() for name, value in (terms | figures).items()}}
 
-    def _clip(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
         # by group, so that a large error of the critics does not shrink the policy's step
         norms = [
             torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups
         ]
-        return all(bool(torch.isfinite(norm)) for norm in norms)
+        return torch.isfinite(torch.stack(norms)).all()
 
 
 def unwrap(loss: Any) -> SoftActorCriticLoss:
