@@ -1,6 +1,7 @@
+"""The registration task: what a step does, what it earns, and what the loss says of it."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,13 +9,21 @@ import torch
 from monai.losses import DiffusionLoss
 from monai.metrics import compute_dice
 from monai.networks.blocks import Warp
-from monai.networks.utils import one_hot
-from torch import Tensor
+from registration_pairs import (
+    SIZES,
+    blob,
+    blocks,
+    constant_action,
+    monai_dice,
+    no_policy,
+    random_labels,
+    random_pair,
+    smooth_action,
+)
 from torch.nn import functional as F
 
 from monai_rl_reg.anatomy import Anatomy
-from monai_rl_reg.errors import InputError
-from monai_rl_reg.geometry import compose, identity_grid, jacobian_determinant
+from monai_rl_reg.geometry import compose, jacobian_determinant
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import UNLABELLED, local_ncc
@@ -22,52 +31,6 @@ from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.similarity import LocalNCC
 from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import State
-
-SIZES = [(16, 14), (12, 10, 11)]
-ODD_SIZES = [(15, 13), (16, 14), (13, 10, 11)]
-
-
-def no_policy(observation: Tensor) -> Tensor:
-    raise AssertionError("the registration loss looks at one step only")
-
-
-def constant_action(shift: float, size: Sequence[int], *, batch: int = 1) -> Tensor:
-    """A shift along the first axis."""
-    action = torch.zeros(batch, len(size), *size)
-    action[:, 0] = shift
-    return action
-
-
-def smooth_action(size: Sequence[int], *, batch: int = 1, amplitude: float = 1.0) -> Tensor:
-    mode = "trilinear" if len(size) == 3 else "bilinear"
-    coarse = amplitude * torch.randn(batch, len(size), *[4] * len(size))
-    return F.interpolate(coarse, size=tuple(size), mode=mode, align_corners=True)
-
-
-def blob(centre: Sequence[float], size: Sequence[int]) -> Tensor:
-    offset = identity_grid(size) - torch.tensor(centre, dtype=torch.float64).reshape(-1, *[1] * len(size))
-    return torch.exp(-offset.square().sum(0) / 4).float()[None, None]
-
-
-def blocks(size: Sequence[int], shift: int = 0) -> Tensor:
-    """Three labels of unequal size, shifted along the first axis."""
-    label = torch.zeros(1, 1, *size)
-    label[:, :, 2 + shift : 5 + shift, 2:6] = 1
-    label[:, :, 6 + shift : 8 + shift, 1:8] = 2
-    label[:, :, 5 + shift : 9 + shift, 8:] = 3
-    return label
-
-
-def random_pair(size: Sequence[int], *, batch: int = 2) -> Tensor:
-    return torch.rand(batch, 2, *size)
-
-
-def random_labels(size: Sequence[int], *, batch: int = 2) -> Tensor:
-    return torch.randint(0, 4, (batch, 2, *size))
-
-
-def monai_dice(moved: Tensor, fixed: Tensor) -> Tensor:
-    return compute_dice(one_hot(moved, 4), one_hot(fixed, 4), include_background=False).nanmean(1)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -450,183 +413,3 @@ def test_displacement_of_a_new_episode_is_zero() -> None:
     output = task.output(task.reset(random_pair((8, 9, 10))))
     assert output.shape == (2, 3, 8, 9, 10)
     assert not output.any()
-
-
-def half(size: Sequence[int]) -> list[int]:
-    return [(n + 1) // 2 for n in size]
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_one_voxel_of_a_half_grid_is_two_of_the_image(size: tuple[int, ...]) -> None:
-    centre = [n // 2 for n in size]
-    fixed, moving = blob(centre, size), blob([centre[0] + 2, *centre[1:]], size)
-    task = RegistrationTask(len(size), field_stride=2)
-    state = task.advance(task.reset(torch.cat([fixed, moving], dim=1)), constant_action(1, half(size)))
-    torch.testing.assert_close(task.output(state), constant_action(2, size))
-    # the last two rows look beyond the edge
-    torch.testing.assert_close(state["moved"][:, :, :-2], fixed[:, :, :-2], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("field_stride", [1, 2])
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_output_has_the_size_of_the_image(size: tuple[int, ...], field_stride: int) -> None:
-    task = RegistrationTask(len(size), field_stride=field_stride)
-    policy = PlannerActor(len(size), 2, len(size), channels=(8, 8), plan_channels=3, action_stride=field_stride)
-    assert StepwiseInferer(task, 2)(random_pair(size), policy).shape == (2, len(size), *size)
-    grid = half(size) if field_stride == 2 else list(size)
-    assert list(task.reset(random_pair(size))["displacement"].shape) == [2, len(size), *grid]
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_upsampled_field_keeps_the_place_of_what_it_moves(size: tuple[int, ...]) -> None:
-    """A field that grows linearly along an axis is the same function of the place on both grids."""
-    task = RegistrationTask(len(size), field_stride=2)
-    state = task.reset(random_pair(size, batch=1))
-    centres = 2 * identity_grid(half(size)).float() + 0.5  # of the half grid's voxels, in voxels of the images
-    full = task.output(state | {"displacement": 0.1 * centres[None] / 2})
-    inside = (..., *(slice(1, n - 1) for n in size))
-    torch.testing.assert_close(full[inside], 0.1 * identity_grid(size).float()[None][inside])
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_fields_compose_on_the_half_grid(size: tuple[int, ...]) -> None:
-    task = RegistrationTask(len(size), field_stride=2)
-    first, second = smooth_action(half(size), batch=2), smooth_action(half(size), batch=2)
-    state = task.advance(task.advance(task.reset(random_pair(size)), first), second)
-    torch.testing.assert_close(state["displacement"], compose(first, second, Warp("bilinear", "border")))
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_reward_of_a_half_grid_action_is_that_of_what_it_does_to_the_image(size: tuple[int, ...]) -> None:
-    fixed, moving = blocks(size), blocks(size, shift=2)
-    task = RegistrationTask(len(size), field_stride=2)
-    state = task.reset(random_pair(size, batch=1), torch.cat([fixed, moving], dim=1))
-    _, reward, terminated = task.step(state, constant_action(1, half(size)))
-    torch.testing.assert_close(reward, 10 * (1 - monai_dice(moving, fixed)))
-    assert terminated.all()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_dice_term_of_half_covered_voxels_falls_to_zero_where_the_labels_meet(size: tuple[int, ...]) -> None:
-    task = RegistrationTask(len(size), field_stride=2, dice_weight=2.0)
-    label = torch.cat([blocks(size), blocks(size, shift=2)], dim=1)
-    label = label * (label < 3)  # the third one comes near the edge, which the field repeats
-    state = task.reset(random_pair(size, batch=1), label)
-    apart, nearer, met = (
-        task.loss(state, constant_action(shift, half(size)), no_policy)["dice"].item() for shift in (0, 0.5, 1)
-    )
-    assert met == pytest.approx(0, abs=1e-4)
-    assert met < nearer < apart
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_fold_term_is_zero_for_a_smooth_field_and_positive_for_a_folded_one(size: tuple[int, ...]) -> None:
-    task = RegistrationTask(len(size), field_stride=2, fold_weight=3.0)
-    state = task.reset(random_pair(size, batch=1))
-    smooth = smooth_action(half(size), amplitude=0.2)
-    assert task.loss(state, smooth, no_policy)["folds"] == 0
-    mirrored = torch.zeros_like(smooth)
-    mirrored[:, 0] = (-2 * identity_grid(half(size))[0]).float()  # every determinant is -1
-    mirrored.requires_grad_()
-    folds = task.loss(state | {"displacement": torch.zeros_like(smooth)}, mirrored, no_policy)["folds"]
-    torch.testing.assert_close(folds, torch.tensor(3 * 1.1))
-    (gradient,) = torch.autograd.grad(folds, mirrored)
-    assert gradient.abs().sum() > 0
-
-
-def test_no_fold_term_without_its_weight() -> None:
-    task = RegistrationTask(2)
-    assert "folds" not in task.loss(task.reset(random_pair((8, 8))), constant_action(0, (8, 8), batch=2), no_policy)
-
-
-def seeing_task(size: Sequence[int], **options: Any) -> RegistrationTask:
-    """A task whose anatomy has three structures."""
-    anatomy = Anatomy(len(size), 3, channels=(4, 8)).eval()
-    return RegistrationTask(len(size), anatomy=anatomy, **options)
-
-
-@pytest.mark.parametrize("field_stride", [1, 2])
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_what_is_seen_in_both_images_is_observed_beside_them(size: tuple[int, ...], field_stride: int) -> None:
-    task = seeing_task(size, field_stride=field_stride)
-    image = random_pair(size)
-    observation = task.observe(task.reset(image))
-    assert observation.shape == (2, 2 + 2 * 3, *size)
-    assert torch.equal(observation[:, :2], image)
-    assert task.anatomy is not None
-    for seen, role in ((observation[:, 2:5], image[:, :1]), (observation[:, 5:], image[:, 1:])):
-        whole = (..., *(slice(n // field_stride * field_stride) for n in size))  # an odd edge is of half a block
-        pool = F.avg_pool3d if len(size) == 3 else F.avg_pool2d
-        expected = pool(task.anatomy.see(role)[whole], field_stride)
-        expected = F.interpolate(expected, scale_factor=field_stride, mode="nearest")
-        torch.testing.assert_close(seen[whole], expected)
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_what_is_seen_in_the_moving_image_moves_with_the_field(size: tuple[int, ...]) -> None:
-    task = seeing_task(size, field_stride=2)
-    state = task.reset(random_pair(size))
-    before = task.observe(state)
-    after = task.observe(task.advance(state, constant_action(1, half(size), batch=2)))
-    assert torch.equal(after[:, 2:5], before[:, 2:5])
-    torch.testing.assert_close(after[:, 5:, :-2], before[:, 5:, 2:], rtol=0, atol=1e-5)
-    assert (after[:, 5:, :-2] - before[:, 5:, :-2]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("part", ["step", "loss"])
-def test_anatomy_needs_labels_in_training(part: str) -> None:
-    size = (16, 14)
-    task = seeing_task(size)
-    state, action = task.reset(random_pair(size)), constant_action(0, size, batch=2)
-    with pytest.raises(InputError, match="anatomy: expected labels in training, found pairs without"):
-        task.step(state, action) if part == "step" else task.own_loss(state)
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_inference_with_an_anatomy_needs_no_labels(size: tuple[int, ...]) -> None:
-    task = seeing_task(size, field_stride=2)
-    policy = PlannerActor(len(size), 8, len(size), channels=(8, 8), plan_channels=3, action_stride=2)
-    assert StepwiseInferer(task, 2)(random_pair(size), policy).shape == (2, len(size), *size)
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_observe_and_loss_with_an_anatomy_read_only_what_the_replay_stores(size: tuple[int, ...]) -> None:
-    task = seeing_task(size, field_stride=2, fold_weight=1.0)
-    action = smooth_action(half(size), batch=2)
-    state, _, _ = task.step(task.reset(random_pair(size), random_labels(size)), action)
-    stored = {key: state[key] for key in task.replay_keys}
-    assert torch.equal(task.observe(stored), task.observe(state))
-    terms = task.loss(stored, action, no_policy) | task.own_loss(stored)
-    assert set(terms) == {"ncc", "smoothness", "folds", "anatomy"}
-    torch.testing.assert_close(terms, task.loss(state, action, no_policy) | task.own_loss(state))
-
-
-@pytest.mark.parametrize("field_stride", [1, 2])
-@pytest.mark.parametrize("size", [*ODD_SIZES, (4, 5)])
-def test_the_pull_of_the_guide_is_observed_on_two_grids(size: tuple[int, ...], field_stride: int) -> None:
-    dims = len(size)
-    task = RegistrationTask(dims, guide=LocalNCC(dims), field_stride=field_stride)
-    image = random_pair(size)
-    state = task.reset(image)
-    observation = task.observe(state)
-    assert observation.shape == (2, 2 + 2 * dims, *size)
-    assert torch.equal(observation[:, :2], image)
-    fine, coarse = observation[:, 2 : 2 + dims], observation[:, 2 + dims :]
-    assert fine.abs().amax() > 0
-    if field_stride == 1:
-        torch.testing.assert_close(fine, LocalNCC(dims).pull(image[:, 1:], image[:, :1]))
-    for pull, stride in ((fine, field_stride), (coarse, 2 * field_stride)):
-        block = pull[(..., *[slice(0, stride)] * dims)].flatten(2)
-        assert torch.equal(block, block[..., :1].expand_as(block)), "one value a voxel of its grid"
-    state["moved"] = state["fixed"]
-    at_rest = task.observe(state)[:, 2:]
-    assert at_rest.abs().amax() < 0.05 * fine.abs().amax(), "nothing pulls where the images agree"
-
-
-def test_a_guide_comes_before_the_anatomy() -> None:
-    size = (12, 9)
-    task = seeing_task(size, field_stride=2, guide=LocalNCC(2))
-    state = task.reset(random_pair(size))
-    without = seeing_task(size, field_stride=2)
-    without.anatomy = task.anatomy
-    assert torch.equal(task.observe(state)[:, 6:], without.observe(state)[:, 2:])
