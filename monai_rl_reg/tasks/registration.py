@@ -1,7 +1,8 @@
 """Deformable registration as a task: carry the moving image onto the fixed one by composed small fields.
 
 References:
-    SPAC, arXiv 2112.07415; RL-I2IT, arXiv 2309.13672, section on registration.
+    SPAC, arXiv 2112.07415; RL-I2IT, arXiv 2309.13672, section on registration; the relaxation: J.-P. Thirion, Image
+    matching as a diffusion process: an analogy with Maxwell's demons, Medical Image Analysis 1998.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from monai.losses import DiceLoss, DiffusionLoss
 from monai.networks.blocks import Warp
+from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +25,8 @@ from monai_rl_reg.tasks.task import Act, State, Task
 
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
+RELAXED_SIGMA = 0.7
+"""Of the Gaussian that smooths a relaxed field, in voxels of its grid."""
 
 
 class RegistrationTask(Task):
@@ -46,6 +50,9 @@ class RegistrationTask(Task):
         guide: a similarity whose pull on the moved image is observed beside the images: it tells where to go, and the
             policy learns how far. It is computed on the displacement's grid and on one of half its resolution, 2 d
             channels in all. None observes the images alone.
+        relax: how often the field is relaxed after every action. The policy finds the way; the relaxation settles each
+            voxel where the similarity pulls it, in detail that no network was trained to see. For inference: the task
+            loss judges the action alone.
         similarity: of the images, in the task loss and the reward; by default :class:`LocalNCC`.
         similarity_weight: its weight in the task loss; 0 leaves it out.
         smoothness_weight: weight of the diffusion regulariser on the composed field, in voxels of its grid.
@@ -69,6 +76,7 @@ class RegistrationTask(Task):
         field_stride: int = 1,
         anatomy: Anatomy | None = None,
         guide: Similarity | None = None,
+        relax: int = 0,
         similarity: Similarity | None = None,
         similarity_weight: float = 1.0,
         smoothness_weight: float = 2.0,
@@ -87,6 +95,7 @@ class RegistrationTask(Task):
         self.field_stride = field_stride
         self.anatomy = anatomy
         self.guide = guide
+        self.relax = relax
         self.similarity = LocalNCC(spatial_dims) if similarity is None else similarity
         self.similarity_weight = similarity_weight
         self.smoothness_weight = smoothness_weight
@@ -161,11 +170,10 @@ class RegistrationTask(Task):
         return torch.cat(seen, dim=1)
 
     def advance(self, state: State, action: Tensor) -> State:
-        """Compose the step field ``action``, (B, d, *grid) in voxels of its grid, and move the original image once."""
-        displacement = compose(state["displacement"], action, self.warp)
-        after = state | {"displacement": displacement}
-        after["moved"] = self.warp(state["moving"], self.output(after))
-        after.pop("score", None)  # was that of the state before
+        """Compose the step field ``action``, (B, d, *grid) in voxels of its grid, relax, move the original image once."""
+        after = self._displaced(state, compose(state["displacement"], action, self.warp))
+        for _ in range(self.relax):
+            after = self._relaxed(after)
         return after
 
     def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
@@ -215,6 +223,24 @@ class RegistrationTask(Task):
     def output(self, state: State) -> Tensor:
         """Return the displacement field, (B, d, *spatial) in voxels of the images."""
         return self._full(state["displacement"], state["fixed"])
+
+    def _displaced(self, state: State, displacement: Tensor) -> State:
+        after = state | {"displacement": displacement}
+        after["moved"] = self.warp(state["moving"], self.output(after))
+        after.pop("score", None)  # was that of another displacement
+        return after
+
+    def _relaxed(self, state: State) -> State:
+        """A step of demons: u <- G * (u + p / (|p| + mean |p|)), p the similarity's pull.
+
+        So scaled, a weak edge pulls nearly as far as a strong one, and no voxel goes farther than one of the grid.
+        """
+        pull = self._reduce(self.similarity.pull(state["moved"], state["fixed"]), self.field_stride)
+        length = pull.norm(dim=1, keepdim=True)
+        typical = length.mean(dim=list(range(1, length.ndim)), keepdim=True)
+        displacement = state["displacement"] + pull / (length + typical).clamp(min=1e-12)
+        kernel = gaussian_1d(torch.tensor(RELAXED_SIGMA, device=pull.device))
+        return self._displaced(state, separable_filtering(displacement, [kernel] * self.spatial_dims, "replicate"))
 
     def _require_labels(self, state: State) -> None:
         if (self.dice_weight > 0 or self.anatomy is not None) and "fixed_label" not in state:

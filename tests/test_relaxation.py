@@ -1,0 +1,65 @@
+"""The relaxation of a field between two actions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from registration_pairs import ODD_SIZES, smooth_action
+from torch import Tensor
+from torch.nn import functional as F
+
+from monai_rl_reg.geometry import jacobian_determinant
+from monai_rl_reg.similarity import MIND, LocalNCC, MutualInformation, Similarity
+from monai_rl_reg.tasks.registration import RegistrationTask
+from monai_rl_reg.tasks.task import State
+
+
+def textured_pair(size: tuple[int, ...]) -> Tensor:
+    """Two pairs of a smooth texture and the same, moved by up to a few voxels."""
+    torch.manual_seed(1)
+    mode = "trilinear" if len(size) == 3 else "bilinear"
+    moving = F.interpolate(torch.rand(2, 1, *[5] * len(size)), size=size, mode=mode, align_corners=True)
+    fixed = RegistrationTask(len(size)).warp(moving, smooth_action(size, batch=2))
+    return torch.cat([fixed, moving], dim=1)
+
+
+def relaxed(task: RegistrationTask, image: Tensor) -> State:
+    state = task.reset(image)
+    return task.advance(state, torch.zeros_like(state["displacement"]))
+
+
+@pytest.mark.parametrize("field_stride", [1, 2])
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_it_settles_the_field_where_the_images_agree(size: tuple[int, ...], field_stride: int) -> None:
+    image = textured_pair(size)
+    task = RegistrationTask(len(size), field_stride=field_stride, relax=6)
+    before, after = task.reset(image), relaxed(task, image)
+    unlike = [1 - LocalNCC(len(size))(state["moved"], state["fixed"]).mean() for state in (before, after)]
+    assert unlike[1] < 0.75 * unlike[0]
+    assert 0 < float(after["displacement"].norm(dim=1).max()) <= 6  # at most one voxel of the grid each time
+    assert (jacobian_determinant(after["displacement"]) > 0).all()
+    torch.testing.assert_close(after["moved"], task.warp(after["moving"], task.output(after)))
+
+
+@pytest.mark.parametrize("similarity", [LocalNCC(3), MIND(3), MutualInformation(3)], ids=lambda s: s.name)
+def test_any_similarity_can_pull(similarity: Similarity) -> None:
+    image = textured_pair((16, 14, 15))
+    task = RegistrationTask(3, field_stride=2, relax=3, similarity=similarity)
+    before, after = (similarity(s["moved"], s["fixed"]) for s in (task.reset(image), relaxed(task, image)))
+    assert (after > before).all()
+
+
+def test_without_it_a_step_is_the_action_alone() -> None:
+    assert not relaxed(RegistrationTask(3), textured_pair((12, 10, 11)))["displacement"].any()
+
+
+def test_alike_images_stay_as_they_are() -> None:
+    flat = torch.full((1, 2, 12, 10, 11), 0.5)
+    assert not relaxed(RegistrationTask(3, field_stride=2, relax=2), flat)["displacement"].any()
+
+
+def test_each_pair_of_a_batch_is_relaxed_by_itself() -> None:
+    image = textured_pair((12, 10, 11))
+    task = RegistrationTask(3, field_stride=2, relax=2)
+    alone = torch.cat([relaxed(task, pair)["displacement"] for pair in image.split(1)])
+    torch.testing.assert_close(relaxed(task, image)["displacement"], alone, rtol=1e-4, atol=1e-4)
