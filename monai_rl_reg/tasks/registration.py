@@ -25,7 +25,7 @@ from monai_rl_reg.tasks.task import Act, State, Task
 
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
-RELAXED_SIGMA = 0.7
+RELAXED_SIGMA = 0.6
 """Of the Gaussian that smooths a relaxed field, in voxels of its grid."""
 
 
@@ -170,7 +170,7 @@ class RegistrationTask(Task):
         return torch.cat(seen, dim=1)
 
     def advance(self, state: State, action: Tensor) -> State:
-        """Compose the step field ``action``, (B, d, *grid) in voxels of its grid, relax, move the original image once."""
+        """Compose the step field ``action``, (B, d, *grid) in voxels of its grid, relax; move the original image."""
         after = self._displaced(state, compose(state["displacement"], action, self.warp))
         for _ in range(self.relax):
             after = self._relaxed(after)
@@ -231,16 +231,21 @@ class RegistrationTask(Task):
         return after
 
     def _relaxed(self, state: State) -> State:
-        """A step of demons: u <- G * (u + p / (|p| + mean |p|)), p the similarity's pull.
+        """A step of demons, for the pairs whose images it makes more alike: u <- G * (u + p / (|p| + mean |p|)).
 
-        So scaled, a weak edge pulls nearly as far as a strong one, and no voxel goes farther than one of the grid.
+        p is the similarity's pull. So scaled, a weak edge pulls nearly as far as a strong one, and no voxel goes farther
+        than one of the grid.
         """
         pull = self._reduce(self.similarity.pull(state["moved"], state["fixed"]), self.field_stride)
         length = pull.norm(dim=1, keepdim=True)
         typical = length.mean(dim=list(range(1, length.ndim)), keepdim=True)
         displacement = state["displacement"] + pull / (length + typical).clamp(min=1e-12)
         kernel = gaussian_1d(torch.tensor(RELAXED_SIGMA, device=pull.device))
-        return self._displaced(state, separable_filtering(displacement, [kernel] * self.spatial_dims, "replicate"))
+        after = self._displaced(state, separable_filtering(displacement, [kernel] * self.spatial_dims, "replicate"))
+        before, now = (self.similarity(x["moved"], x["fixed"]).reshape(typical.shape) for x in (state, after))
+        for key in ("displacement", "moved"):
+            after[key] = torch.where(now > before, after[key], state[key])
+        return after
 
     def _require_labels(self, state: State) -> None:
         if (self.dice_weight > 0 or self.anatomy is not None) and "fixed_label" not in state:
