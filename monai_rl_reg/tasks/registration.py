@@ -25,7 +25,7 @@ from monai_rl_reg.tasks.task import Act, State, Task
 
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
-RELAXED_SIGMA = 0.6
+RELAXED_SIGMA = 0.7
 """Of the Gaussian that smooths a relaxed field, in voxels of its grid."""
 
 
@@ -231,10 +231,10 @@ class RegistrationTask(Task):
         return after
 
     def _relaxed(self, state: State) -> State:
-        """A step of demons, for the pairs whose images it makes more alike: u <- G * (u + p / (|p| + mean |p|)).
+        """A step of demons: u <- G * (u + p / (|p| + mean |p|)), p the similarity's pull.
 
-        p is the similarity's pull. So scaled, a weak edge pulls nearly as far as a strong one, and no voxel goes farther
-        than one of the grid.
+        So scaled, a weak edge pulls nearly as far as a strong one, and no voxel goes farther than one of the grid. A
+        pair that it makes less alike, by twice what a step should gain, stays as it is: it is as finely built as G.
         """
         pull = self._reduce(self.similarity.pull(state["moved"], state["fixed"]), self.field_stride)
         length = pull.norm(dim=1, keepdim=True)
@@ -244,7 +244,7 @@ class RegistrationTask(Task):
         after = self._displaced(state, separable_filtering(displacement, [kernel] * self.spatial_dims, "replicate"))
         before, now = (self.similarity(x["moved"], x["fixed"]).reshape(typical.shape) for x in (state, after))
         for key in ("displacement", "moved"):
-            after[key] = torch.where(now > before, after[key], state[key])
+            after[key] = torch.where(now > before - 2 * self.similarity.gain, after[key], state[key])
         return after
 
     def _require_labels(self, state: State) -> None:
