@@ -41,6 +41,13 @@ def demons_bundle(folder: Path) -> Path:
     path = folder / "configs" / "inference.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["network_def"] = {"_target_": "demons.Demons", "spatial_dims": "@spatial_dims"}
-    config |= {"structures": 0, "guided": False, "half": False, "field_stride": 2, "run": ["$@evaluator.run()"]}
+    config |= {
+        "structures": 0,
+        "guided": False,
+        "relax": 0,
+        "half": False,
+        "field_stride": 2,
+        "run": ["$@evaluator.run()"],
+    }
     path.write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -233,19 +233,15 @@ class RegistrationTask(Task):
     def _relaxed(self, state: State) -> State:
         """A step of demons: u <- G * (u + p / (|p| + mean |p|)), p the similarity's pull.
 
-        So scaled, a weak edge pulls nearly as far as a strong one, and no voxel goes farther than one of the grid. A
-        pair that it makes less alike, by twice what a step should gain, stays as it is: it is as finely built as G.
+        So scaled, a weak edge pulls nearly as far as a strong one, and no voxel goes farther than one of the grid. As G
+        smooths what is finer than itself, the similarity may fall a little where there is nothing left to gain.
         """
         pull = self._reduce(self.similarity.pull(state["moved"], state["fixed"]), self.field_stride)
         length = pull.norm(dim=1, keepdim=True)
         typical = length.mean(dim=list(range(1, length.ndim)), keepdim=True)
         displacement = state["displacement"] + pull / (length + typical).clamp(min=1e-12)
         kernel = gaussian_1d(torch.tensor(RELAXED_SIGMA, device=pull.device))
-        after = self._displaced(state, separable_filtering(displacement, [kernel] * self.spatial_dims, "replicate"))
-        before, now = (self.similarity(x["moved"], x["fixed"]).reshape(typical.shape) for x in (state, after))
-        for key in ("displacement", "moved"):
-            after[key] = torch.where(now > before - 2 * self.similarity.gain, after[key], state[key])
-        return after
+        return self._displaced(state, separable_filtering(displacement, [kernel] * self.spatial_dims, "replicate"))
 
     def _require_labels(self, state: State) -> None:
         if (self.dice_weight > 0 or self.anatomy is not None) and "fixed_label" not in state:
