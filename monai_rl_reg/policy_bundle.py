@@ -147,9 +147,9 @@ class PolicyBundle:
         of the true labels.
         """
         configs = [path for path in self._training() if path.is_file()] or [self.folder / CONFIG]
-        task: Any = self._parser(*configs, anatomy=None).get_parsed_content("task").to(self.device).eval()
+        # not relaxed: of a refined field the loss has the last word
+        task: Any = self._parser(*configs, anatomy=None, relax=0).get_parsed_content("task").to(self.device).eval()
         task.fold_weight = max(task.fold_weight, FOLD_WEIGHT)
-        task.relax = 0  # of a refined field the loss has the last word
         if self.sees:
             task.dice_weight = task.smoothness_weight = 0.0
         task.similarity = self.similarity

@@ -115,8 +115,8 @@ class RefineDisplacementd(MapTransform):
         keys: of the fields.
         seconds: most wall time a field.
         iterations: most iterations; None leaves it to the time.
-        task: whose loss to use, with ``field_stride`` 1; by default a :class:`RegistrationTask` with a term
-            against folds.
+        task: whose loss to use, with ``field_stride`` 1 and without ``relax``; by default a
+            :class:`RegistrationTask` with a term against folds.
         image_key: of the pair.
         allow_missing_keys: whether data without one of the keys is passed on.
     """

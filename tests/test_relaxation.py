@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CONFIGS
+from monai.bundle import ConfigParser
 from registration_pairs import ODD_SIZES, smooth_action
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +46,7 @@ def test_it_settles_the_field_where_the_images_agree(size: tuple[int, ...], fiel
 @pytest.mark.parametrize("similarity", [LocalNCC(3), MIND(3), MutualInformation(3)], ids=lambda s: s.name)
 def test_any_similarity_can_pull(similarity: Similarity) -> None:
     image = textured_pair((16, 14, 15))
-    task = RegistrationTask(3, field_stride=2, relax=3, similarity=similarity)
+    task = RegistrationTask(3, field_stride=2, relax=3, similarity=similarity, smoothness_weight=0.0)
     before, after = (similarity(s["moved"], s["fixed"]) for s in (task.reset(image), relaxed(task, image)))
     assert (after > before).all()
 
@@ -53,9 +55,29 @@ def test_without_it_a_step_is_the_action_alone() -> None:
     assert not relaxed(RegistrationTask(3), textured_pair((12, 10, 11)))["displacement"].any()
 
 
-def test_alike_images_stay_as_they_are() -> None:
+def test_without_anything_to_see_nothing_moves() -> None:
     flat = torch.full((1, 2, 12, 10, 11), 0.5)
     assert not relaxed(RegistrationTask(3, field_stride=2, relax=2), flat)["displacement"].any()
+
+
+@pytest.mark.parametrize("field_stride", [1, 2])
+def test_images_that_agree_stay_as_they_are(field_stride: int) -> None:
+    """All but a thousandth of a voxel. Steps of any length would swing about the best place if nothing held them."""
+    image = torch.rand(1, 1, 24, 22, 20, generator=torch.Generator().manual_seed(2))
+    image = F.avg_pool3d(image, 3, 1)
+    task = RegistrationTask(3, field_stride=field_stride)
+    fixed = task.warp(image, torch.full((1, 3, *image.shape[2:]), 1e-3))
+    after = relaxed(RegistrationTask(3, field_stride=field_stride, relax=10), torch.cat([fixed, image], dim=1))
+    assert not after["displacement"].any()
+    torch.testing.assert_close(after["moved"], after["moving"])
+
+
+def test_mixed_precision_does_not_reach_the_field() -> None:
+    image = textured_pair((12, 10, 11))
+    task = RegistrationTask(3, field_stride=2, relax=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = relaxed(task, image)["displacement"]
+    torch.testing.assert_close(half, relaxed(task, image)["displacement"])
 
 
 def test_each_pair_of_a_batch_is_relaxed_by_itself() -> None:
@@ -63,3 +85,22 @@ def test_each_pair_of_a_batch_is_relaxed_by_itself() -> None:
     task = RegistrationTask(3, field_stride=2, relax=2)
     alone = torch.cat([relaxed(task, pair)["displacement"] for pair in image.split(1)])
     torch.testing.assert_close(relaxed(task, image)["displacement"], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pair_is_relaxed_only_where_similarity_and_smoothness_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second pair of the batch is pulled the wrong way."""
+    pull, sign = LocalNCC.pull, torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1, 1)
+    monkeypatch.setattr(LocalNCC, "pull", lambda self, moved, fixed: sign * pull(self, moved, fixed))
+    after = relaxed(RegistrationTask(3, field_stride=2, relax=2, smoothness_weight=0.1), textured_pair((16, 14, 15)))
+    assert after["displacement"][0].any()
+    assert not after["displacement"][1].any()
+    torch.testing.assert_close(after["moved"][1], after["moving"][1])
+
+
+@pytest.mark.parametrize(("weights", "relax"), [("model.pt", 0), ("model_without_labels.pt", 1)])
+@pytest.mark.parametrize("configs", [["inference.json"], ["train.json", "evaluate.json"]])
+def test_weights_that_see_structures_are_not_relaxed(configs: list[str], weights: str, relax: int) -> None:
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in configs])
+    parser.update({"bundle_root": str(CONFIGS.parent), "ckpt": str(CONFIGS.parent / "models" / weights)})
+    assert parser.get_parsed_content("task").relax == relax
