@@ -43,13 +43,18 @@ class Similarity(nn.Module, ABC):
         The gradient of the similarity with respect to a displacement of each voxel, times the number of voxels, so
         that it does not depend on the images' size; no gradient flows back through it. Images are (B, 1, *spatial).
         """
+        return self.value_and_pull(moved, fixed)[1]
+
+    def value_and_pull(self, moved: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the similarity (B,) and its :meth:`pull`, in the time of the latter alone."""
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(moved.device.type, enabled=False):
             image, goal = moved.detach().float().clone().requires_grad_(), fixed.detach().float().clone()
-            (gain,) = torch.autograd.grad(self(image, goal).sum(), image)
+            value = self(image, goal)
+            (gain,) = torch.autograd.grad(value.sum(), image)
         edges = F.pad(moved.detach().float(), [1] * 2 * (moved.ndim - 2), mode="replicate")
         inside: Any = (..., *[slice(1, -1)] * (moved.ndim - 2))
         slopes = [slope[inside] for slope in torch.gradient(edges, dim=list(range(2, moved.ndim)))]
-        return gain[0].numel() * gain * torch.cat(slopes, dim=1)
+        return value.detach(), gain[0].numel() * gain * torch.cat(slopes, dim=1)
 
 
 class LocalNCC(Similarity):

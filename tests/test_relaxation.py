@@ -89,8 +89,13 @@ def test_each_pair_of_a_batch_is_relaxed_by_itself() -> None:
 
 def test_a_pair_is_relaxed_only_where_similarity_and_smoothness_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second pair of the batch is pulled the wrong way."""
-    pull, sign = LocalNCC.pull, torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1, 1)
-    monkeypatch.setattr(LocalNCC, "pull", lambda self, moved, fixed: sign * pull(self, moved, fixed))
+    right, sign = LocalNCC.value_and_pull, torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1, 1)
+
+    def wrong(self: LocalNCC, moved: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        value, pull = right(self, moved, fixed)
+        return value, sign * pull
+
+    monkeypatch.setattr(LocalNCC, "value_and_pull", wrong)
     after = relaxed(RegistrationTask(3, field_stride=2, relax=2, smoothness_weight=0.1), textured_pair((16, 14, 15)))
     assert after["displacement"][0].any()
     assert not after["displacement"][1].any()

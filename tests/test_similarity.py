@@ -180,7 +180,8 @@ def test_the_pull_is_the_gradient_along_a_displacement(kind: type[Similarity], d
     fixed = picture(dims)
     moved = Warp("bilinear", "border")(fixed, waves(dims, 32, 1.5))
     similarity = kind(dims)
-    pull = similarity.pull(moved, fixed)
+    value, pull = similarity.value_and_pull(moved, fixed)
+    torch.testing.assert_close(value, similarity(moved, fixed))
     assert pull.shape == (1, dims, *moved.shape[2:])
     step = 1e-3 * waves(dims, 32, 1.0).roll(1, 1)
     inside = (slice(None), slice(None), *[slice(1, -1)] * dims)  # at the border nothing is seen beyond it
