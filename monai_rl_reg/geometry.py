@@ -183,19 +183,24 @@ def invert(transform: DenseTransform, points: Tensor, *, iterations: int = 60, t
         iterations: at most; only points that are not there yet take part.
         tolerance: the error |x + g(x) - z| in millimetres to stop at.
     """
-    z = points.flatten(1)
-    found = z - transform.shift(z)
-    best = torch.full_like(z[0], torch.inf)
+    affine = reduced(transform.affine.double(), points.shape[0])
+    z = transform_points(torch.linalg.inv(affine), points.flatten(1).double()).float()
+    to_millimetres = affine[:-1, :-1].float()
+    # all in voxels of the grid, and only the way from z to x, which single precision knows well
+    field = torch.linalg.solve(to_millimetres, transform.displacement.flatten(1)).reshape(transform.displacement.shape)
+    way = -sample(field, z)
+    found, best = way.clone(), torch.full_like(z[0], torch.inf)
     open_points = torch.arange(z.shape[1], device=z.device)
-    x = found
     for i in range(iterations):
-        off = x + transform.shift(x) - z[:, open_points]
-        error = off.norm(dim=0)
+        off = way + sample(field, z + way)
+        error = (to_millimetres @ off).square_().sum(0)
         better = error < best[open_points]
-        best[open_points[better]] = error[better]
-        found[:, open_points[better]] = x[:, better]
-        keep = error > tolerance
+        best[open_points] = torch.where(better, error, best[open_points])
+        found[:, open_points] = torch.where(better, way, found[:, open_points])
+        keep = error > tolerance**2
         if not keep.any():
             break
-        open_points, x = open_points[keep], (x - 0.5 ** (3 * i // iterations) * off)[:, keep]
-    return found.reshape(points.shape)
+        way = way - 0.5 ** (3 * i // iterations) * off
+        if keep.sum() < 0.8 * len(keep):  # else it costs more to leave them out
+            open_points, z, way = open_points[keep], z[:, keep], way[:, keep]
+    return points + (to_millimetres @ found).to(points.dtype).reshape(points.shape)
