@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("pairs")
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--witness")
-    parser.add_argument("--count", type=int, default=60, help="pairs of each half")
+    parser.add_argument("--count", type=int, default=90, help="most pairs of each half")
     parser.add_argument("--output", default="judge")
     args = parser.parse_args()
     torch.set_num_threads(1)
