@@ -183,17 +183,16 @@ def invert(transform: DenseTransform, points: Tensor, *, iterations: int = 60, t
         iterations: at most; only points that are not there yet take part.
         tolerance: the error |x + g(x) - z| in millimetres to stop at.
     """
-    affine = reduced(transform.affine.double(), points.shape[0])
-    z = transform_points(torch.linalg.inv(affine), points.flatten(1).double()).float()
-    to_millimetres = affine[:-1, :-1].float()
-    # all in voxels of the grid, and only the way from z to x, which single precision knows well
-    field = torch.linalg.solve(to_millimetres, transform.displacement.flatten(1)).reshape(transform.displacement.shape)
-    way = -sample(field, z)
+    to_grid = torch.linalg.inv(reduced(transform.affine.double(), points.shape[0]))
+    z = transform_points(to_grid, points.flatten(1).double()).float()
+    to_voxels = to_grid[:-1, :-1].float()
+    # only the way from z to x, in millimetres: single precision knows it well
+    way = -sample(transform.displacement, z)
     found, best = way.clone(), torch.full_like(z[0], torch.inf)
     open_points = torch.arange(z.shape[1], device=z.device)
     for i in range(iterations):
-        off = way + sample(field, z + way)
-        error = (to_millimetres @ off).square_().sum(0)
+        off = way + sample(transform.displacement, z + to_voxels @ way)
+        error = off.square().sum(0)
         better = error < best[open_points]
         best[open_points] = torch.where(better, error, best[open_points])
         found[:, open_points] = torch.where(better, way, found[:, open_points])
@@ -203,4 +202,4 @@ def invert(transform: DenseTransform, points: Tensor, *, iterations: int = 60, t
         way = way - 0.5 ** (3 * i // iterations) * off
         if keep.sum() < 0.8 * len(keep):  # else it costs more to leave them out
             open_points, z, way = open_points[keep], z[:, keep], way[:, keep]
-    return points + (to_millimetres @ found).to(points.dtype).reshape(points.shape)
+    return points + found.to(points.dtype).reshape(points.shape)
