@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.networks.blocks import Warp
 from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +19,7 @@ from monai_rl_reg.errors import InputError
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.nifti import replacing
 from monai_rl_reg.pictures import import_extra, list_pictures, read_picture, strip, write_picture
+from monai_rl_reg.warping import Warp
 
 SIZE = 28
 """Height and width of every picture here: those of MNIST."""

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from monai.networks.blocks import Warp
 from torch import Tensor
 from torch.nn import functional as F
+
+from monai_rl_reg.warping import Warp
 
 
 def compose(displacement: Tensor, step: Tensor, warp: Warp) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
-from monai.networks.blocks import Warp
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.task import State, Task
 from monai_rl_reg.video import flows_between
+from monai_rl_reg.warping import Warp
 
 
 def half_pays(device: str | torch.device) -> bool:

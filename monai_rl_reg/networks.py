@@ -13,15 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from monai.networks.blocks import Convolution
-from monai.networks.layers.factories import Pool
+from monai.networks.layers.factories import Conv, Pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 LOG_STD_RANGE = (-5.0, 1.0)
 """The planner's log standard deviation before squashing stays in this range."""
+ACTIVATION: tuple[str, dict[str, Any]] = ("LEAKYRELU", {"negative_slope": 0.1, "inplace": True})
+"""Of every layer."""
 
 
 def _block(
@@ -35,10 +38,47 @@ def _block(
         out_channels,
         strides=stride,
         kernel_size=kernel_size,
-        act=("LEAKYRELU", {"negative_slope": 0.1}),
+        act=ACTIVATION,
         norm=("GROUP", {"num_groups": math.gcd(4, out_channels)}) if norm else None,
         adn_ordering="NA",
     )
+
+
+class _UpConvolution(nn.Module):
+    """Convolution of what lies below, doubled in size by repeating its voxels, and what lies beside.
+
+    Repeated voxels share their taps: the same sums come from a transposed convolution of the small map, whose kernel of
+    4 adds up the kernel of 3, in a third of the products and without the large map. Sizes are even.
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv: nn.Conv2d | nn.Conv3d = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 3, padding=1)
+        self.act = nn.LeakyReLU(**ACTIVATION[1])
+
+    def forward(self, below: Tensor, beside: Tensor) -> Tensor:
+        """Return (B, C, *spatial) from ``below`` (B, A, *half) and ``beside`` (B, D, *spatial)."""
+        weight, bias = self.conv.weight, self.conv.bias
+        taps = weight[:, : below.shape[1]].flip(list(range(2, weight.ndim))).transpose(0, 1)
+        for dim in range(weight.ndim - 2):  # per direction, (k2, k1, k0) becomes (k2, k1 + k2, k0 + k1, k0)
+            after, before = [0] * (2 * dim + 2), [0] * (2 * dim + 2)
+            after[-1] = 1
+            before[-2] = 1
+            taps = F.pad(taps, after) + F.pad(taps, before)
+        weight = weight[:, below.shape[1] :]
+        if weight.ndim == 5:
+            x = F.conv_transpose3d(below, taps, stride=2, padding=1)
+            x += F.conv3d(beside, weight, bias, padding=1)
+        else:
+            x = F.conv_transpose2d(below, taps, stride=2, padding=1)
+            x += F.conv2d(beside, weight, bias, padding=1)
+        out: Tensor = self.act(x)
+        return out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Lay the channels of a voxel beside each other: convolutions in half precision are a fifth faster that way."""
+    return x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
 
 
 def _initialise(policy: nn.Module, heads: Sequence[nn.Module]) -> None:
@@ -124,7 +164,7 @@ class Actor(nn.Module):
         self.mode = "trilinear" if spatial_dims == 3 else "bilinear"
         self.join = _block(spatial_dims, channels[-1] + plan_channels, channels[-1])
         self.levels = nn.ModuleList(
-            _block(spatial_dims, below + skip, skip)
+            _UpConvolution(spatial_dims, below + skip, skip)
             for below, skip in zip(channels[:0:-1], channels[-2::-1], strict=True)
         )
         self.full = _block(spatial_dims, channels[0], channels[0]) if action_stride == 1 else nn.Identity()
@@ -138,15 +178,14 @@ class Actor(nn.Module):
         """
         x = features[-1]
         plan = F.interpolate(plan.to(x.dtype), size=x.shape[2:], mode=self.mode, align_corners=False)
-        x = self.join(torch.cat([x, plan], dim=1))
+        x = self.join(_channels_last(torch.cat([x, plan], dim=1)))
         deepest = len(features) - 1
         for i, level in enumerate(self.levels):
-            skip = features[deepest - 1 - i]
-            x = level(torch.cat([F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip], dim=1))
+            x = level(x, features[deepest - 1 - i])
         if self.upsample_first:
             x = F.interpolate(x, size=size, mode="nearest")
         # fp32 from here on: a displacement in half precision is off by up to half a voxel in a large volume.
-        return self.action_bound * torch.tanh(self.head(self.full(x)).float())
+        return self.action_bound * torch.tanh(self.head(self.full(x)).float().contiguous())
 
 
 class PlannerActor(nn.Module):
@@ -253,7 +292,9 @@ class PlannerActor(nn.Module):
         pads: list[int] = []
         for size in x.shape[2:][::-1]:
             pads += [0, (self.stride - size % self.stride) % self.stride]
-        return F.pad(x, pads, mode="replicate") if max(pads) > 0 else x
+        if max(pads) > 0:
+            x = F.pad(x, pads, mode="replicate")
+        return _channels_last(x)
 
     def _crop(self, action: Tensor, observation: Tensor) -> Tensor:
         for i, n in enumerate(observation.shape[2:]):

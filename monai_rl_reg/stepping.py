@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.networks.blocks import Warp
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
@@ -18,6 +17,7 @@ from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.quality import LEAST_SEEN
 from monai_rl_reg.refinement import PROXIMITY, refine
 from monai_rl_reg.tasks.task import State
+from monai_rl_reg.warping import Warp
 from monai_rl_reg.working import WorkingPair
 
 GAIN = 5e-3

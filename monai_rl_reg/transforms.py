@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.networks.blocks import Warp
 from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_tensor
 from torch import Tensor
@@ -25,6 +24,7 @@ from monai_rl_reg.geometry import (
 )
 from monai_rl_reg.nifti import name_of, read_image, read_label
 from monai_rl_reg.similarity import Similarity, correlation, mutual_information
+from monai_rl_reg.warping import Warp
 
 ALIGNMENTS = ("auto", "world", "centre")
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.networks.blocks import Warp
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import identity_grid
 from monai_rl_reg.pictures import import_extra, list_pictures, read_picture, to_bytes
+from monai_rl_reg.warping import Warp
 
 RATE = Fraction(24)
 """Frames a second of a folder of pictures, which does not say."""

@@ -232,3 +232,12 @@ def test_gradient_of_the_value_by_the_plan_differs_between_states(
     first, second = plan.grad
     assert first.abs().max() > 1e-4
     assert not torch.allclose(first, second, rtol=0.05)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_actor_is_the_convolution_of_the_doubled_map(spatial_dims: int) -> None:
+    policy = PlannerActor(spatial_dims, 2, spatial_dims, channels=(4, 8), plan_channels=4)
+    level = policy.actor.levels[0]
+    below, beside = torch.rand(2, 8, *[5, 3, 4][:spatial_dims]), torch.rand(2, 4, *[10, 6, 8][:spatial_dims])
+    both = torch.cat([F.interpolate(below, scale_factor=2, mode="nearest"), beside], dim=1)
+    torch.testing.assert_close(level(below, beside), level.act(level.conv(both)), rtol=0, atol=1e-5)

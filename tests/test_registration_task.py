@@ -8,7 +8,6 @@ import pytest
 import torch
 from monai.losses import DiffusionLoss
 from monai.metrics import compute_dice
-from monai.networks.blocks import Warp
 from registration_pairs import (
     SIZES,
     blob,
@@ -31,6 +30,7 @@ from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.similarity import LocalNCC
 from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import State
+from monai_rl_reg.warping import Warp
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from monai.losses import DiceLoss, DiffusionLoss
-from monai.networks.blocks import Warp
 from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from monai_rl_reg.geometry import compose, jacobian_determinant
 from monai_rl_reg.metrics import labelled, mean_label_dice
 from monai_rl_reg.similarity import LocalNCC, Similarity
 from monai_rl_reg.tasks.task import Act, State, Task
+from monai_rl_reg.warping import Warp
 
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
@@ -265,8 +265,8 @@ class RegistrationTask(Task):
         if self.field_stride == 1:
             return displacement
         mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
-        full = F.interpolate(displacement, scale_factor=self.field_stride, mode=mode, align_corners=False)
-        return self.field_stride * self._crop(full, image)
+        wide = self.field_stride * displacement  # in voxels of the images
+        return self._crop(F.interpolate(wide, scale_factor=self.field_stride, mode=mode, align_corners=False), image)
 
     def _repeat(self, x: Tensor, image: Tensor, stride: int) -> Tensor:
         return x if stride == 1 else self._crop(F.interpolate(x, scale_factor=stride, mode="nearest"), image)

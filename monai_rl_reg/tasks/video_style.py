@@ -7,7 +7,6 @@ References:
 from __future__ import annotations
 
 import torch
-from monai.networks.blocks import Warp
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from monai_rl_reg.features import FeatureNetwork
 from monai_rl_reg.recurrent import fold, unfold
 from monai_rl_reg.tasks.style import StyleTask
 from monai_rl_reg.tasks.task import Act, State
+from monai_rl_reg.warping import Warp
 
 
 class VideoStyleTask(StyleTask):

@@ -68,7 +68,7 @@ def main() -> None:
     for setting in options.set:
         name, _, value = setting.partition("=")
         parser[name] = float(value)
-    parser["structures"], parser["field_stride"] = 0, 1
+    parser["structures"], parser["field_stride"], parser["guided"] = 0, 1, False
     task, loader = parser.get_parsed_content("task"), parser.get_parsed_content("train::dataloader")
     network, output = VoxelMorph(), Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
