@@ -44,11 +44,18 @@ def _block(
     )
 
 
+def _crop(x: Tensor, size: list[int]) -> Tensor:
+    for i, n in enumerate(size):
+        x = x.narrow(i + 2, 0, n)
+    return x
+
+
 class _UpConvolution(nn.Module):
     """Convolution of what lies below, doubled in size by repeating its voxels, and what lies beside.
 
     Repeated voxels share their taps: the same sums come from a transposed convolution of the small map, whose kernel of
-    4 adds up the kernel of 3, in a third of the products and without the large map. Sizes are even.
+    4 adds up the kernel of 3, in a third of the products and without the large map. Of an odd size the last repetition
+    is left out.
     """
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:
@@ -67,10 +74,10 @@ class _UpConvolution(nn.Module):
             taps = F.pad(taps, after) + F.pad(taps, before)
         weight = weight[:, below.shape[1] :]
         if weight.ndim == 5:
-            x = F.conv_transpose3d(below, taps, stride=2, padding=1)
+            x = _crop(F.conv_transpose3d(below, taps, stride=2, padding=1), list(beside.shape[2:]))
             x += F.conv3d(beside, weight, bias, padding=1)
         else:
-            x = F.conv_transpose2d(below, taps, stride=2, padding=1)
+            x = _crop(F.conv_transpose2d(below, taps, stride=2, padding=1), list(beside.shape[2:]))
             x += F.conv2d(beside, weight, bias, padding=1)
         out: Tensor = self.act(x)
         return out
@@ -129,7 +136,10 @@ class Planner(nn.Module):
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return mean and log standard deviation before squashing, (B, P, *grid) each, and the levels' features."""
         features: list[Tensor] = []
-        x = observation
+        odd: list[int] = []
+        for n in observation.shape[:1:-1]:
+            odd += [0, n % 2]
+        x = _channels_last(F.pad(observation, odd, mode="replicate"))  # even sizes: 0.001 of Dice in registration
         for level in self.levels:
             x = level(x)
             features.append(x)
@@ -183,13 +193,13 @@ class Actor(nn.Module):
         for i, level in enumerate(self.levels):
             x = level(x, features[deepest - 1 - i])
         if self.upsample_first:
-            x = F.interpolate(x, size=size, mode="nearest")
+            x = _crop(F.interpolate(x, scale_factor=2.0, mode="nearest"), size)
         # fp32 from here on: a displacement in half precision is off by up to half a voxel in a large volume.
         return self.action_bound * torch.tanh(self.head(self.full(x)).float().contiguous())
 
 
 class PlannerActor(nn.Module):
-    """The policy: planner and actor. Any image size (padded inside to the encoder's stride, cropped outside).
+    """The policy: planner and actor. Any image size.
 
     ``forward`` is one deterministic step (the plan's mode), tensor in and tensor out, and scriptable;
     :meth:`sample` is the stochastic one.
@@ -231,8 +241,6 @@ class PlannerActor(nn.Module):
         grid = tuple(plan_grid) if plan_grid is not None else (1,) * spatial_dims
         if len(grid) != spatial_dims:
             raise ValueError(f"plan_grid must have {spatial_dims} entries, got {grid}")
-        self.stride = 2 ** len(channels)
-        self.action_stride = action_stride
         self.plan_shape = (plan_channels, *grid)
         self.planner = Planner(spatial_dims, in_channels, channels, plan_channels, grid)
         self.actor = Actor(spatial_dims, channels, plan_channels, out_channels, action_bound, action_stride)
@@ -244,11 +252,9 @@ class PlannerActor(nn.Module):
 
     def decide(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mode of the plan, (B, P, *grid), and the action (B, out_channels, *strided) that follows."""
-        padded = self._pad(observation)
-        mean, _, features = self.planner(padded)
+        mean, _, features = self.planner(observation)
         plan = torch.tanh(mean)
-        action = self.actor(plan, features, list(padded.shape[2:]))
-        return plan, self._crop(action, observation)
+        return plan, self.actor(plan, features, list(observation.shape[2:]))
 
     @torch.jit.unused
     def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,46 +266,30 @@ class PlannerActor(nn.Module):
         Returns:
             plan (B, P, *grid) in (-1, 1), its log-probability (B,), action (B, out_channels, *strided).
         """
-        padded = self._pad(observation)
-        plan, log_prob, features = self._draw(padded)
-        action = self._crop(self.actor(plan, features, list(padded.shape[2:])), observation)
-        return plan, log_prob, action
+        plan, log_prob, features = self._draw(observation)
+        return plan, log_prob, self.actor(plan, features, list(observation.shape[2:]))
 
     @torch.jit.unused
     def plan(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a plan (B, P, *grid) and its log-probability (B,) without acting on it."""
-        plan, log_prob, _ = self._draw(self._pad(observation))
+        plan, log_prob, _ = self._draw(observation)
         return plan, log_prob
 
     @torch.jit.unused
     def act(self, observation: Tensor, plan: Tensor) -> Tensor:
         """Carry out a given plan (B, P, *grid): the action (B, out_channels, *strided)."""
-        padded = self._pad(observation)
-        features = self.planner(padded)[2]
-        return self._crop(self.actor(plan, features, list(padded.shape[2:])), observation)
+        features = self.planner(observation)[2]
+        return self.actor(plan, features, list(observation.shape[2:]))
 
     @torch.jit.unused
-    def _draw(self, padded: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        mean, log_std, features = self.planner(padded)
+    def _draw(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        mean, log_std, features = self.planner(observation)
         noise = torch.randn_like(mean)
         unsquashed = mean + log_std.exp() * noise
         # log N(u; mean, std) - log(1 - tanh(u)^2), the second in its numerically stable form
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
         log_prob = log_prob - 2 * (math.log(2) - unsquashed - F.softplus(-2 * unsquashed))
         return torch.tanh(unsquashed), log_prob.flatten(1).sum(1), features
-
-    def _pad(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        for size in x.shape[2:][::-1]:
-            pads += [0, (self.stride - size % self.stride) % self.stride]
-        if max(pads) > 0:
-            x = F.pad(x, pads, mode="replicate")
-        return _channels_last(x)
-
-    def _crop(self, action: Tensor, observation: Tensor) -> Tensor:
-        for i, n in enumerate(observation.shape[2:]):
-            action = action.narrow(i + 2, 0, (n + self.action_stride - 1) // self.action_stride)
-        return action
 
 
 class Critic(nn.Module):
