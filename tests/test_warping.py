@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.networks.blocks import Warp as MonaiWarp
+from torch.nn import functional as F
 
-from monai_rl_reg.warping import Warp
+from monai_rl_reg.warping import Warp, enlarge
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
@@ -34,3 +35,11 @@ def test_the_same_gradients_as_monais() -> None:
 def test_a_field_of_another_size_is_refused_in_monais_words() -> None:
     with pytest.raises(ValueError, match="the input DDF shape must be"):
         Warp("bilinear", "border")(torch.rand(1, 1, 8, 8), torch.zeros(1, 2, 8, 9))
+
+
+@pytest.mark.parametrize(("size", "mode"), [((2, 3, 5, 6, 7), "trilinear"), ((2, 2, 5, 6), "bilinear")])
+@pytest.mark.parametrize("factor", [2, 3])
+def test_enlarged_as_torch_does(size: tuple[int, ...], mode: str, factor: int) -> None:
+    x = torch.rand(size)
+    expected = F.interpolate(x, scale_factor=factor, mode=mode, align_corners=False)
+    torch.testing.assert_close(enlarge(x, factor), expected)
