@@ -13,17 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv, Pool
+from monai.networks.layers.utils import get_act_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 LOG_STD_RANGE = (-5.0, 1.0)
 """The planner's log standard deviation before squashing stays in this range."""
-ACTIVATION: tuple[str, dict[str, Any]] = ("LEAKYRELU", {"negative_slope": 0.1, "inplace": True})
+ACTIVATION = ("LEAKYRELU", {"negative_slope": 0.1, "inplace": True})
 """Of every layer."""
 
 
@@ -61,7 +61,7 @@ class _UpConvolution(nn.Module):
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv: nn.Conv2d | nn.Conv3d = Conv[Conv.CONV, spatial_dims](in_channels, out_channels, 3, padding=1)
-        self.act = nn.LeakyReLU(**ACTIVATION[1])
+        self.act = get_act_layer(ACTIVATION)
 
     def forward(self, below: Tensor, beside: Tensor) -> Tensor:
         """Return (B, C, *spatial) from ``below`` (B, A, *half) and ``beside`` (B, D, *spatial)."""
@@ -139,7 +139,10 @@ class Planner(nn.Module):
         odd: list[int] = []
         for n in observation.shape[:1:-1]:
             odd += [0, n % 2]
-        x = _channels_last(F.pad(observation, odd, mode="replicate"))  # even sizes: 0.001 of Dice in registration
+        x = observation
+        if max(odd) > 0:
+            x = F.pad(x, odd, mode="replicate")  # even sizes: 0.001 of Dice in registration
+        x = _channels_last(x)
         for level in self.levels:
             x = level(x)
             features.append(x)
@@ -193,9 +196,12 @@ class Actor(nn.Module):
         for i, level in enumerate(self.levels):
             x = level(x, features[deepest - 1 - i])
         if self.upsample_first:
-            x = _crop(F.interpolate(x, scale_factor=2.0, mode="nearest"), size)
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         # fp32 from here on: a displacement in half precision is off by up to half a voxel in a large volume.
-        return self.action_bound * torch.tanh(self.head(self.full(x)).float().contiguous())
+        action = self.head(self.full(x)).float()
+        if self.upsample_first:  # after the convolutions, which would see zeros where it ends
+            action = _crop(action, size)
+        return self.action_bound * torch.tanh(action.contiguous())
 
 
 class PlannerActor(nn.Module):

@@ -11,7 +11,7 @@ from monai.networks.blocks import Convolution
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from monai_rl_reg.networks import PlannerActor
+from monai_rl_reg.networks import ACTIVATION, PlannerActor
 
 FOLD = 4
 """A memory has FOLD * FOLD channels at 1 / FOLD of the resolution; folded it is one channel of the image's size."""
@@ -64,10 +64,9 @@ class RecurrentPlannerActor(nn.Module):
         width = FOLD * FOLD
         self.policy = policy
         self.plan_shape = policy.plan_shape
-        act = ("LEAKYRELU", {"negative_slope": 0.1})
         self.read = nn.Sequential(
-            Convolution(2, in_channels, width, strides=2, act=act, norm=None),
-            Convolution(2, width, width, strides=2, act=act, norm=None),
+            Convolution(2, in_channels, width, strides=2, act=ACTIVATION, norm=None),
+            Convolution(2, width, width, strides=2, act=ACTIVATION, norm=None),
         )
         self.step_memory = ConvolutionalGRU(width)
         self.frame_memory = ConvolutionalGRU(width)

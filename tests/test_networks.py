@@ -55,6 +55,20 @@ def test_action_has_the_resolution_of_the_observation_unless_asked_otherwise() -
 
 
 @pytest.mark.parametrize("action_stride", [1, 2])
+@pytest.mark.parametrize(("size", "padded"), [((9, 7), (10, 8)), ((9, 7, 5), (10, 8, 6)), ((9, 8, 6), (10, 8, 6))])
+def test_odd_sizes_are_filled_up_by_repeating_the_edge(
+    size: tuple[int, ...], padded: tuple[int, ...], action_stride: int
+) -> None:
+    policy = make_policy(len(size), action_stride=action_stride)
+    enlarge_action(policy, 100)
+    observation = make_observation(size)
+    pads = [pad for old, new in zip(size[::-1], padded[::-1], strict=True) for pad in (0, new - old)]
+    action = policy(F.pad(observation, pads, mode="replicate"))
+    kept = [slice(math.ceil(n / action_stride)) for n in size]
+    torch.testing.assert_close(policy(observation), action[(..., *kept)])
+
+
+@pytest.mark.parametrize("action_stride", [1, 2])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_action_is_bounded_and_reaches_its_bound(spatial_dims: int, action_stride: int) -> None:
     policy = make_policy(spatial_dims, action_bound=2.5, action_stride=action_stride)
