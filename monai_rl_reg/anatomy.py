@@ -1,4 +1,4 @@
-"""Small networks that see the labelled structures in one image, for a registration trained with labels.
+"""A small network that sees the labelled structures in one image, for a registration trained with labels.
 
 Labels say where a structure is, and that can be learnt from every image by itself: far faster than the same knowledge
 from pairs. The policy then observes what is seen in both images, and has to bring the one onto the other.
@@ -12,70 +12,62 @@ from typing import Any
 import torch
 from monai.engines import default_prepare_batch
 from monai.losses import DiceCELoss
-from monai.networks.nets import UNet
+from monai.networks.nets import DynUNet
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.metrics import labelled
+from monai_rl_reg.networks import channels_last
 
 
 class Anatomy(nn.Module):
-    """U-Nets from an image to the probabilities of its structures. Any image size: padded inside, cropped outside.
+    """A U-Net from an image to the probabilities of its structures. Any image size: padded inside, cropped outside.
 
-    Its members learn from different images. In training one of them sees, drawn anew for every batch, so that the
-    policy does not come to trust what is no more than one network's habit; otherwise what is seen is their mean.
+    Its first level is at full resolution, and narrow: how well an outline is seen bounds how well it can be met.
 
     Args:
         spatial_dims: 2 or 3.
         structures: number K of structures, the label values 1 to K.
-        members: number of U-Nets.
-        channels: widths of the levels, finest first; the first one has half the image's resolution.
+        channels: widths of the levels, finest first, each at half the resolution of the one before.
     """
 
-    def __init__(
-        self, spatial_dims: int, structures: int, *, members: int = 2, channels: Sequence[int] = (16, 32, 64, 96)
-    ) -> None:
+    def __init__(self, spatial_dims: int, structures: int, *, channels: Sequence[int] = (8, 32, 64, 96)) -> None:
         super().__init__()
-        self.stride = 2 ** len(channels)
+        self.stride = 2 ** (len(channels) - 1)
         self.structures: Tensor
         self.register_buffer("structures", torch.tensor(structures))  # so that a checkpoint says how many
-        self.members = nn.ModuleList(
-            UNet(
-                spatial_dims,
-                1,
-                structures + 1,
-                channels=channels,
-                strides=[2] * (len(channels) - 1),
-                num_res_units=2,
-                norm="INSTANCE",
-            )
-            for _ in range(members)
+        coarser = [2] * (len(channels) - 1)
+        self.unet = DynUNet(
+            spatial_dims,
+            1,
+            structures + 1,
+            kernel_size=[3] * len(channels),
+            strides=[1, *coarser],
+            upsample_kernel_size=coarser,
+            filters=list(channels),
+            norm_name="instance",
         )
         self.dice_cross_entropy = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the probabilities ``(B, 1 + K, *spatial)`` of background and structures in an image, mean of members.
+        """Return the probabilities ``(B, 1 + K, *spatial)`` of background and structures in an image.
 
         Args:
             image: (B, 1, *spatial).
         """
-        return torch.stack([self._scores(member, image).softmax(1) for member in self.members]).mean(0)
+        return self._scores(image).softmax(1)
 
     @torch.no_grad()
     def see(self, image: Tensor) -> Tensor:
         """Return the probabilities (B, K, *spatial) of the structures in an image (B, 1, *spatial)."""
-        if not self.training:
-            return self(image)[:, 1:]
-        member = self.members[int(torch.randint(len(self.members), ()))]
-        return self._scores(member, image).softmax(1)[:, 1:]
+        return self(image)[:, 1:]
 
     def loss(self, image: Tensor, label: Tensor) -> Tensor:
-        """Return soft Dice plus cross-entropy of scores against labels (B, 1, *spatial), mean of members.
+        """Return soft Dice plus cross-entropy of the scores against labels (B, 1, *spatial).
 
-        Images without labels are left out. The others are dealt out among the members, who all get the same where
-        there are not enough.
+        Images without labels are left out.
 
         Raises:
             InputError: if there is a label value above K.
@@ -88,17 +80,14 @@ class Anatomy(nn.Module):
         known = labelled(label)
         if not known.any():
             return 0 * self(image[:1]).sum()
-        image, label, count = image[known], label[known], len(self.members)
-        parts = [slice(i, None, count) if len(image) >= count else slice(None) for i in range(count)]
-        losses = [
-            self.dice_cross_entropy(self._scores(member, image[part]), label[part])
-            for member, part in zip(self.members, parts, strict=True)
-        ]
-        return torch.stack(losses).mean()
+        loss: Tensor = self.dice_cross_entropy(self._scores(image[known]), label[known])
+        return loss
 
-    def _scores(self, member: nn.Module, image: Tensor) -> Tensor:
-        pads = [p for n in image.shape[:1:-1] for p in (0, -n % self.stride)]
-        scores: Tensor = member(F.pad(image, pads, mode="replicate") if any(pads) else image).float()
+    def _scores(self, image: Tensor) -> Tensor:
+        least = 2 * self.stride  # the coarsest level is normalised over its voxels: there must be several
+        pads = [p for n in image.shape[:1:-1] for p in (0, max(least, n + -n % self.stride) - n)]
+        padded = F.pad(image, pads, mode="replicate") if any(pads) else image
+        scores: Tensor = self.unet(channels_last(padded)).float()
         for dim, n in enumerate(image.shape[2:], start=2):
             scores = scores.narrow(dim, 0, n)
         return scores

@@ -78,11 +78,11 @@ class ReinforcementUpdate:
     def _play(self, engine: SupervisedTrainer, image: Tensor, label: Tensor | None) -> dict[str, Any]:
         loss = unwrap(engine.loss_function)
         policy: Any = engine.network
-        final = start = loss.task.reset(image, label)
         total, transitions = 0.0, 0
         loss.train()
         policy.eval()
         with torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
+            final = start = loss.task.reset(image, label)
             for final, transition in rollout(  # noqa: B007
                 policy, loss.task, start, self.steps, sample=loss.reinforcement
             ):

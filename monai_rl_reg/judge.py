@@ -98,8 +98,7 @@ def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _witness(weights: dict[str, Tensor], path: str, spatial_dims: int) -> Anatomy:
-    members = len({key.split(".")[1] for key in weights if key.startswith("members.")})
-    anatomy = Anatomy(spatial_dims, int(weights["structures"]), members=members)
+    anatomy = Anatomy(spatial_dims, int(weights["structures"]))
     fill_weights(anatomy, weights, path)
     return anatomy.eval()
 

@@ -157,16 +157,23 @@ class PolicyBundle:
         return checked
 
     @torch.no_grad()
-    def see(self, image: Tensor) -> Tensor | None:
-        """Return the labels that networks see in images (1, 2, *spatial), the same shape, int32.
+    def seen(self, state: State) -> Tensor | None:
+        """Return the labels that networks see in the images of a state of the task, (1, 2, *spatial), int32.
 
-        Those of the judge's witness, else of the policy itself; None where there is neither.
+        Those of the judge's witness, else of the policy itself, which has looked already; None where there is neither.
         """
         if self.witness is None:
             return None
-        images = image.to(self.device).split(1, dim=1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.inferer.half):
-            return torch.cat([self.witness(x).argmax(1, keepdim=True).int() for x in images], dim=1)
+        found = []
+        for role in ("fixed", "moving"):
+            if self.witness is getattr(self.task, "anatomy", None):
+                structures = state[f"{role}_anatomy"]
+                scores = torch.cat([1 - structures.sum(1, keepdim=True), structures], dim=1)
+            else:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.inferer.half):
+                    scores = self.witness(state[role])
+            found.append(scores.argmax(1, keepdim=True).int())
+        return torch.cat(found, dim=1)
 
     def _training(self) -> list[Path]:
         names = ["train.json", WITH_LABELS] if self.sees else ["train.json"]

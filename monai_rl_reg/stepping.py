@@ -69,15 +69,16 @@ def take_steps(
     """
     image = working.image.as_tensor()[None]
     labels = {"dice": None if working.label is None else working.label[None].to(bundle.device)}
-    labels["seen_dice"] = seen = bundle.see(image)
     similarity = bundle.similarity
-    measure, least = (similarity.name, similarity.gain) if seen is None else ("seen_dice", GAIN)
+    measure, least = (similarity.name, similarity.gain) if bundle.witness is None else ("seen_dice", GAIN)
     warp = Warp("nearest", "border")
     history: list[Tensor] = []
     curve: list[dict[str, float]] = []
     state: State = {}
 
     def note(now: State) -> None:
+        if not curve:
+            labels["seen_dice"] = bundle.seen(now)
         field = bundle.task.output(now)
         history.append(field[0].cpu())
         curve.append({similarity.name: float(similarity(now["moved"], now["fixed"]))})

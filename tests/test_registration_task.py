@@ -301,7 +301,7 @@ def test_dice_term_of_fixed_images_without_labels_is_finite() -> None:
 def test_pairs_without_both_labels_are_left_out_of_what_labels_tell(lacking: str) -> None:
     """A batch of a labelled pair and one that lacks a label: everything from labels is that of the first alone."""
     size = (16, 14)
-    anatomy = Anatomy(2, 2, channels=(4, 8))
+    anatomy = Anatomy(2, 2, channels=(4, 8, 8))
     task = RegistrationTask(2, dice_weight=1.0, anatomy=anatomy)
     image, label = random_pair(size), torch.randint(0, 3, (2, 2, *size))
     label[1, ("fixed", "moving").index(lacking)] = UNLABELLED
@@ -322,7 +322,7 @@ def test_pairs_without_both_labels_are_left_out_of_what_labels_tell(lacking: str
 
 
 def test_a_batch_without_any_label_teaches_nothing_about_them() -> None:
-    task = RegistrationTask(2, dice_weight=1.0, anatomy=Anatomy(2, 2, channels=(4, 8)))
+    task = RegistrationTask(2, dice_weight=1.0, anatomy=Anatomy(2, 2, channels=(4, 8, 8)))
     state = task.reset(random_pair((16, 14)), torch.full((2, 2, 16, 14), UNLABELLED))
     action = smooth_action((16, 14), batch=2).requires_grad_()
     terms = task.loss(state, action, no_policy) | task.own_loss(state)

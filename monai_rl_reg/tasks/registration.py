@@ -34,7 +34,8 @@ class RegistrationTask(Task):
 
     The moved image is always one resampling of the original moving image by the composed displacement. The
     displacement lives on a grid of 1 / ``field_stride`` of the images' resolution and is upsampled to move them, so
-    that composing and judging fields costs little. The reward of a step is the gain in::
+    that composing fields costs little; what it does to images, structures and labels is judged at their resolution. The
+    reward of a step is the gain in::
 
         score = reward_scale * (similarity - fold_penalty * share of folded voxels)
 
@@ -110,11 +111,11 @@ class RegistrationTask(Task):
         self.warp = Warp("bilinear", "border")
         self.warp_label = Warp("nearest", "border")
         self.smoothness = DiffusionLoss()
-        # squared: regions of partly covered voxels then agree best with themselves
+        # squared: the edge of a moved region, soft by interpolation, then costs less
         self.dice = DiceLoss(weight=label_weights, squared_pred=field_stride > 1)
         self.replay_keys = ("fixed", "moving", "displacement", "moved")
         if anatomy is not None:
-            self.replay_keys += ("fixed_anatomy", "moving_anatomy")
+            self.replay_keys += ("fixed_anatomy", "moving_anatomy", "moved_anatomy")
         if dice_weight > 0 or anatomy is not None:
             self.replay_keys += ("fixed_label", "moving_label")
 
@@ -146,7 +147,8 @@ class RegistrationTask(Task):
         }
         if self.anatomy is not None:
             for role in ("fixed", "moving"):
-                state[f"{role}_anatomy"] = self._reduce(self.anatomy.see(state[role]), self.field_stride)
+                state[f"{role}_anatomy"] = self.anatomy.see(state[role])
+            state["moved_anatomy"] = state["moving_anatomy"]
         if label is not None:
             label = label.round().to(torch.int32)
             state["fixed_label"], state["moving_label"] = label[:, :1], label[:, 1:]
@@ -165,8 +167,7 @@ class RegistrationTask(Task):
                 moved, fixed = self._reduce(images, stride).split(1, dim=1)
                 seen.append(self._repeat(self.guide.pull(moved, fixed), images, stride))
         if self.anatomy is not None:
-            for x in (state["fixed_anatomy"], self.warp(state["moving_anatomy"], state["displacement"])):
-                seen.append(self._repeat(x, state["fixed"], self.field_stride))
+            seen += [state["fixed_anatomy"], state["moved_anatomy"]]
         return torch.cat(seen, dim=1)
 
     def advance(self, state: State, action: Tensor) -> State:
@@ -196,14 +197,15 @@ class RegistrationTask(Task):
         """
         displacement = compose(state["displacement"], action, self.warp)
         terms = {"smoothness": self.smoothness_weight * self.smoothness(displacement)}
+        field = self._full(displacement, state["moving"])
         if self.similarity_weight > 0:
-            moved = self.warp(state["moving"], self._full(displacement, state["moving"]))
+            moved = self.warp(state["moving"], field)
             terms[self.similarity.name] = -self.similarity_weight * self.similarity(moved, state["fixed"]).mean()
         if self.fold_weight > 0:
             terms["folds"] = self.fold_weight * F.relu(FOLD_MARGIN - jacobian_determinant(displacement)).mean()
         if self.dice_weight > 0:
             self._require_labels(state)
-            terms["dice"] = self.dice_weight * self._soft_dice(state, displacement)
+            terms["dice"] = self.dice_weight * self._soft_dice(state, field)
         return terms
 
     def own_loss(self, state: State) -> dict[str, Tensor]:
@@ -226,7 +228,10 @@ class RegistrationTask(Task):
 
     def _displaced(self, state: State, displacement: Tensor) -> State:
         after = state | {"displacement": displacement}
-        after["moved"] = self.warp(state["moving"], self.output(after))
+        field = self.output(after)
+        after["moved"] = self.warp(state["moving"], field)
+        if self.anatomy is not None:
+            after["moved_anatomy"] = self.warp(state["moving_anatomy"], field)
         after.pop("score", None)  # was that of another displacement
         return after
 
@@ -249,7 +254,7 @@ class RegistrationTask(Task):
             gain = self.similarity(after["moved"], state["fixed"]) - before
             cost = self._roughness(displacement) - self._roughness(state["displacement"].float())
             better = (gain > self.smoothness_weight * cost).reshape(typical.shape)
-        for key in ("displacement", "moved"):
+        for key in {"displacement", "moved", "moved_anatomy"} & after.keys():
             after[key] = torch.where(better, after[key], state[key])
         return after
 
@@ -295,17 +300,14 @@ class RegistrationTask(Task):
             similarity = torch.where(dice.isnan(), self.similarity(state["moved"], state["fixed"]), dice)
         return similarity - self.fold_penalty * folded, dice
 
-    def _soft_dice(self, state: State, displacement: Tensor) -> Tensor:
+    def _soft_dice(self, state: State, field: Tensor) -> Tensor:
         known = labelled(state["fixed_label"], state["moving_label"])
         values = torch.unique(state["fixed_label"][known])
         values = values[values > 0].reshape(1, -1, *[1] * self.spatial_dims)
         if values.numel() == 0:  # nothing labelled in these fixed images
-            return displacement.sum() * 0
+            return field.sum() * 0
         region = torch.ge if self.nested_labels else torch.eq
-        moving, fixed = (
-            self._reduce(region(state[f"{role}_label"], values).float(), self.field_stride)
-            for role in ("moving", "fixed")
-        )
-        moved = (self.dice_sharpness * self.warp(moving, displacement)).clamp(max=1.0)
+        moving, fixed = (region(state[f"{role}_label"], values).float() for role in ("moving", "fixed"))
+        moved = (self.dice_sharpness * self.warp(moving, field)).clamp(max=1.0)
         dice: Tensor = self.dice(moved[known], fixed[known])
         return dice
