@@ -36,7 +36,7 @@ from the mean they held 0.90 to 0.92 (``tests/benchmarks/judge.py``)."""
 
 @dataclass(frozen=True)
 class Expected:
-    """What Dice to expect: the mean of the nearest known ones, and a range that holds about nine of ten."""
+    """What Dice to expect: the mean of the nearest known ones, made to rise, and a range that holds nine of ten."""
 
     dice: float
     low: float
@@ -59,15 +59,24 @@ class Judge(nn.Module):
         self.true: Tensor
         self.register_buffer("seen", seen[order].float())
         self.register_buffer("true", true[order].float())
+        means = torch.stack([self.true[self._nearest(x)].mean() for x in self.seen.tolist()])
+        # late steps go on fitting what the witness sees, and the means fall again: so halfway between the lowest curve
+        # above them that never falls and the highest one below
+        rising = (means.cummax(0).values + means.flip(0).cummin(0).values.flip(0)) / 2
+        self.expected: Tensor
+        self.register_buffer("expected", rising, persistent=False)
         self.witness = witness
 
     def expect(self, seen: float) -> Expected:
-        """Return what Dice to expect of a registration with this seen Dice."""
-        nearest = (self.seen - seen).abs().argsort(stable=True)[:NEAREST]
-        mean = self.true[nearest].mean()
-        bounds = self.true[nearest].quantile(self.true.new_tensor(BOUNDS))
-        low, high = (mean + WIDER * (bounds - mean)).clamp(0, 1).tolist()
+        """Return what Dice to expect of a registration with this seen Dice; never less than with a lower one."""
+        mean = self.expected[(self.seen - seen).abs().argmin()]
+        nearest = self.true[self._nearest(seen)]
+        bounds = nearest.quantile(self.true.new_tensor(BOUNDS)) - nearest.mean()
+        low, high = (mean + WIDER * bounds).clamp(0, 1).tolist()
         return Expected(float(mean), low, high)
+
+    def _nearest(self, seen: float) -> Tensor:
+        return (self.seen - seen).abs().argsort(stable=True)[:NEAREST]
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it; the witness's weights in half precision."""
@@ -94,7 +103,10 @@ def load_judge(path: str, spatial_dims: int) -> Judge | None:
 
 
 def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+    made: dict[int, Tensor] = {}  # a U-Net names some weights twice; what is shared a file keeps once
+    for value in weights.values():
+        made.setdefault(value.data_ptr(), value.half() if value.is_floating_point() else value)
+    return {key: made[value.data_ptr()] for key, value in weights.items()}
 
 
 def _witness(weights: dict[str, Tensor], path: str, spatial_dims: int) -> Anatomy:
@@ -120,8 +132,8 @@ def calibrate(
         pairs: CSV with the columns ``fixed,moving,fixed_label,moving_label``, or its rows as dictionaries; of images
             that no training saw.
         ckpt: the policy's weights; the file gets the judge beside them.
-        witness: checkpoint of a training with labels whose networks bear witness. By default the policy's own do,
-            where it was trained with labels.
+        witness: checkpoint of a training with labels, or of its network that sees structures, which bears witness. By
+            default the policy's own does, where it was trained with labels.
         bundle: folder of the bundle; by default ``bundles/rl_reg`` of the repository.
         device: where to compute.
         progress: show a progress bar.
@@ -138,8 +150,9 @@ def calibrate(
     bears = None if policy.judge is None else policy.judge.witness
     policy.judge = None
     if witness is not None:
-        weights = load_checkpoint(witness).get("anatomy")
-        if weights is None:
+        weights = load_checkpoint(witness)
+        weights = weights.get("anatomy", weights)
+        if "structures" not in weights:
             raise InputError(f"witness {witness}: expected weights of a training with labels, found others")
         policy.witness = bears = _witness(_halved(weights), witness, 3).to(policy.device)  # as it will be kept
     elif policy.witness is None:

@@ -162,16 +162,18 @@ class PolicyBundle:
 
         Those of the judge's witness, else of the policy itself, which has looked already; None where there is neither.
         """
-        if self.witness is None:
+        witness = self.witness
+        if witness is None:
             return None
+        own: Any = getattr(self.task, "anatomy", None)
         found = []
         for role in ("fixed", "moving"):
-            if self.witness is getattr(self.task, "anatomy", None):
+            if witness is own:
                 structures = state[f"{role}_anatomy"]
                 scores = torch.cat([1 - structures.sum(1, keepdim=True), structures], dim=1)
             else:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.inferer.half):
-                    scores = self.witness(state[role])
+                    scores = witness(state[role])
             found.append(scores.argmax(1, keepdim=True).int())
         return torch.cat(found, dim=1)
 

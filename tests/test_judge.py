@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,15 @@ def test_it_expects_what_the_nearest_known_registrations_had() -> None:
     assert judge.expect(-1.0) == judge.expect(0.0), "beyond what is known it answers with the last that is"
 
 
+def test_it_never_expects_less_of_what_agrees_better() -> None:
+    seen = torch.linspace(0, 1, 501)
+    judge = Judge(seen, torch.where(seen < 0.8, 0.5 + 0.4 * seen, 1.3 - 0.6 * seen) + 0.02 * torch.randn(501))
+    expected = [judge.expect(value).dice for value in seen.tolist()]
+    assert all(before <= after for before, after in pairwise(expected))
+    assert expected[100] == pytest.approx(0.58, abs=0.01)
+    assert 0.7 < expected[-1] < 0.82
+
+
 def test_its_range_holds_nearly_all_of_what_it_was_taught_with() -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -64,6 +73,8 @@ def test_a_checkpoint_gets_a_judge_and_a_registration_its_expected_dice(
     assert main([*command, "--witness", str(trained_with_labels / "model.pt")]) == 0
     after = load_checkpoint(str(ckpt))
     assert after.keys() == {"network", "judge"}
+    kept = after["judge"]["witness"].values()
+    assert len({value.data_ptr() for value in kept}) < len(kept), "what a U-Net names twice is kept once"
     assert all(torch.equal(value, before[key]) for key, value in after["network"].items())
     assert [path.name for path in tmp_path.glob("*.pt")] == ["model.pt"]
     judge = load_judge(str(ckpt), 3)
