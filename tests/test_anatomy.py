@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONFIGS
+from monai.bundle import ConfigParser
 from torch import Tensor
 
 from monai_rl_reg.anatomy import Anatomy, fixed_images, single_images
@@ -100,6 +102,20 @@ def test_the_tasks_own_loss_moves_all_of_it() -> None:
     assert gradients
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients if gradient is not None) > 0
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_its_training_is_in_half_precision_where_asked_on_a_cpu_too(amp: bool, dtype: torch.dtype) -> None:
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "with_labels", "anatomy")])
+    parser.update({"anatomy": make_anatomy(), "device": torch.device("cpu"), "amp": amp})
+    anatomy = parser.get_parsed_content("anatomy", instantiate=True)
+    found = []
+    anatomy.unet.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    loss = parser.get_parsed_content("loss_function")(*discs((24, 23)))
+    loss.backward()
+    assert found == [dtype]
+    assert loss.dtype == torch.float32
 
 
 def test_images_without_labels_teach_nothing() -> None:

@@ -10,6 +10,7 @@ from registration_pairs import ODD_SIZES, smooth_action
 from torch import Tensor
 from torch.nn import functional as F
 
+from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.geometry import jacobian_determinant
 from monai_rl_reg.similarity import MIND, LocalNCC, MutualInformation, Similarity
 from monai_rl_reg.tasks.registration import RegistrationTask
@@ -41,6 +42,15 @@ def test_it_settles_the_field_where_the_images_agree(size: tuple[int, ...], fiel
     assert 0 < float(after["displacement"].norm(dim=1).max()) <= 6  # at most one voxel of the grid each time
     assert (jacobian_determinant(after["displacement"]) > 0).all()
     torch.testing.assert_close(after["moved"], task.warp(after["moving"], task.output(after)))
+
+
+def test_what_is_seen_moves_with_the_field_that_was_kept() -> None:
+    image = textured_pair((16, 14))
+    anatomy = Anatomy(2, 2, channels=(4, 8, 8)).eval()
+    task = RegistrationTask(2, field_stride=2, relax=3, anatomy=anatomy)
+    after = relaxed(task, image)
+    assert after["displacement"].any()
+    torch.testing.assert_close(after["moved_anatomy"], task.warp(anatomy.see(image[:, 1:]), task.output(after)))
 
 
 @pytest.mark.parametrize("similarity", [LocalNCC(3), MIND(3), MutualInformation(3)], ids=lambda s: s.name)

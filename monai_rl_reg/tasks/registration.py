@@ -229,9 +229,11 @@ class RegistrationTask(Task):
     def _displaced(self, state: State, displacement: Tensor) -> State:
         after = state | {"displacement": displacement}
         field = self.output(after)
-        after["moved"] = self.warp(state["moving"], field)
-        if self.anatomy is not None:
-            after["moved_anatomy"] = self.warp(state["moving_anatomy"], field)
+        if self.anatomy is None:
+            after["moved"] = self.warp(state["moving"], field)
+        else:  # together, in 0.7 of the time
+            moved = self.warp(torch.cat([state["moving"], state["moving_anatomy"]], dim=1), field)
+            after["moved"], after["moved_anatomy"] = moved[:, :1], moved[:, 1:]
         after.pop("score", None)  # was that of another displacement
         return after
 
