@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from demons import demons_bundle
+from oblique_pair import write_oblique_pair
 
 from monai_rl_reg.phantoms import make_cohort
+from monai_rl_reg.registration import Registrar, Registration
+from monai_rl_reg.request import Options, Pair
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "bundles" / "rl_reg" / "configs"
@@ -84,3 +88,35 @@ def trained_with_labels(cohort: Path, tmp_path_factory: pytest.TempPathFactory) 
     result = run_bundle("training", "train", "with_labels", dataset_dir=cohort, output_dir=output, **SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     return output
+
+
+@pytest.fixture(scope="session")
+def demons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose policy needs no weights."""
+    return demons_bundle(tmp_path_factory.mktemp("bundle") / "demons")
+
+
+@pytest.fixture(scope="session")
+def registrar(demons: Path) -> Registrar:
+    """The registrar of that bundle."""
+    return Registrar(bundle=demons, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def oblique_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A pair on oblique grids: ``fixed``, ``moving``, ``fixed_label``, ``moving_label`` and ``landmarks``."""
+    return write_oblique_pair(tmp_path_factory.mktemp("oblique_pair"))
+
+
+@pytest.fixture(scope="session")
+def registration(oblique_files: dict[str, str], registrar: Registrar) -> Registration:
+    """That pair, registered."""
+    return registrar.register(Pair.read(**oblique_files), Options(steps=4, uncertainty=3))
+
+
+@pytest.fixture(scope="session")
+def registration_folder(registration: Registration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its output folder."""
+    folder = tmp_path_factory.mktemp("registration") / "out"
+    registration.save(folder, tfm=True)
+    return folder

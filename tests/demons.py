@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from conftest import CONFIGS
 from monai.networks.layers import GaussianFilter
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+CONFIGS = Path(__file__).parent.parent / "bundles" / "rl_reg" / "configs"
 
 
 class Demons(nn.Module):

@@ -13,23 +13,11 @@ import torch
 from conftest import CONFIGS
 from monai.bundle import ConfigParser
 from monai.transforms import Spacingd
-from monai.transforms.utils import create_rotate
+from oblique_pair import oblique
 from torch.nn import functional as F
 
 from monai_rl_reg.handlers import write_result
 from monai_rl_reg.transforms import FinishOnFixedGridd, LoadCased, MovingToFixedGridd
-
-
-def oblique(
-    shape: tuple[int, ...], angles: tuple[float, ...], spacing: tuple[float, ...], centre: tuple[float, ...], flip: bool
-) -> np.ndarray:
-    affine = np.eye(4)
-    rotation = np.asarray(create_rotate(3, np.radians(angles).tolist()))[:3, :3]
-    if flip:  # first axis towards left, axes swapped: LPS-like and permuted grids come up in practice
-        rotation = rotation[:, [1, 0, 2]] * np.array([-1, 1, 1])
-    affine[:3, :3] = rotation * np.array(spacing)
-    affine[:3, 3] = np.array(centre) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    return affine
 
 
 def textured(shape: tuple[int, ...], affine: np.ndarray, seed: int) -> np.ndarray:

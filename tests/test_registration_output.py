@@ -1,0 +1,113 @@
+"""The output folder: all files in place together or not at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.registration import FILES, Registration
+
+
+def test_all_files_are_there(registration_folder: Path) -> None:
+    assert {file.name for file in registration_folder.iterdir()} == FILES - {"report.html"}
+    assert [p.name for p in registration_folder.parent.iterdir()] == ["out"]
+    quality = json.loads((registration_folder / "quality.json").read_text(encoding="utf-8"))
+    for key in ("ncc_before", "folded_percent", "sdlogj", "inverse_error_mm", "seconds", "versions", "warnings"):
+        assert quality[key] is not None
+
+
+def test_what_else_lies_in_the_folder_stays_and_old_results_go(registration: Registration, tmp_path: Path) -> None:
+    registration.save(tmp_path / "out", tfm=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "more").mkdir()
+    (tmp_path / "out" / "more" / "file").write_text("mine too")
+    replace(registration, moved_label=None, landmarks=None).save(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == FILES - {"transform.tfm", "moved_label.nii.gz", "landmarks.csv", "report.html"} | {
+        "notes.txt",
+        "more",
+    }
+    assert (tmp_path / "out" / "more" / "file").read_text(encoding="utf-8") == "mine too"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_working_directory_can_be_the_output(
+    registration: Registration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "transform.tfm").write_text("of an earlier run")
+    registration.save(".")
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"transform.tfm", "report.html"}
+
+
+def test_a_failure_while_writing_leaves_the_old_files(
+    registration: Registration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registration.save(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr("monai_rl_reg.registration.write_transform", fail)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        replace(registration, quality={}).save(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, sys, json, shutil
+from pathlib import Path
+from monai_rl_reg import folders
+
+moments = int(sys.argv[2])
+
+def count(function):
+    def counted(*args, **kwargs):
+        global moments
+        moments -= 1
+        if moments == 0:
+            os.kill(os.getpid(), 9)
+        return function(*args, **kwargs)
+    return counted
+
+folders.os.link = count(os.link)
+Path.rename = count(Path.rename)
+folders.shutil.rmtree = count(shutil.rmtree)
+exchange = folders._exchange
+folders._exchange = count(exchange)
+with folders.replacing_folder(sys.argv[1], {"a", "b"}) as staging:
+    for name in ("a", "b"):
+        (staging / name).write_text("new")
+        count(len)("")
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_files_or_the_new_ones(tmp_path: Path) -> None:
+    seen = set()
+    for moment in range(1, 9):
+        folder = tmp_path / f"run{moment}" / "out"
+        folder.mkdir(parents=True)
+        for name in ("a", "b", "mine"):
+            (folder / name).write_text("old")
+        done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(moment)], check=False)
+        texts = {name: (folder / name).read_text(encoding="utf-8") for name in ("a", "b")}
+        assert len(set(texts.values())) == 1, (moment, texts)
+        assert (folder / "mine").read_text(encoding="utf-8") == "old"
+        seen.add((done.returncode, texts["a"]))
+    assert seen == {(-9, "old"), (-9, "new"), (0, "new")}
+
+
+def test_an_output_that_is_a_file(registration: Registration, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(InputError, match="expected a folder that can be written to"):
+        registration.save(tmp_path / "out")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "in the way"
