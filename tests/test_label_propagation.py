@@ -40,6 +40,8 @@ def test_a_draft_lies_on_its_image(propagation: LabelPropagation, cohort: Path, 
     figures = draft.figures()
     assert json.loads(json.dumps(figures)) == figures
     assert 0 < figures["disagreement"] < 1
+    low, high = figures["expected_dice_range"]
+    assert low <= figures["expected_dice"] <= high
     files = draft.save(tmp_path / "result")
     assert all(Path(file).is_file() for file in files.values())
 
