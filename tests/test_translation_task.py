@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from monai_rl_reg.losses import SoftActorCriticLoss
 from monai_rl_reg.networks import PlannerActor, TwinCritic
+from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.tasks.translation import GREY, SpectralDiscriminator, TranslationTask
 
@@ -101,9 +102,10 @@ def test_reset_refuses(image: tuple[int, ...], label: tuple[int, ...] | None, me
         TranslationTask().reset(torch.rand(image), None if label is None else torch.rand(label))
 
 
+@pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("hole", [None, 0.5])
-def test_step_is_pure_and_hands_untouched_entries_back(hole: float | None) -> None:
-    task = TranslationTask(hole=hole)
+def test_step_is_pure_and_hands_untouched_entries_back(hole: float | None, mirror: bool) -> None:
+    task = TranslationTask(hole=hole, mirror=mirror)
     state = start(task)
     before = {key: value.clone() for key, value in state.items()}
     action = torch.rand(2, 3, 12, 16) - 0.5
@@ -127,8 +129,23 @@ def test_action_is_added_and_stays_within_the_range_of_pictures() -> None:
     assert {after.min().item(), after.max().item()} == {0, 1}
 
 
-def test_outside_of_the_hole_nothing_changes() -> None:
-    task = TranslationTask(hole=0.5)
+def test_every_other_step_looks_at_and_acts_on_the_mirror_image() -> None:
+    task, plain = TranslationTask(hole=0.5, mirror=True), TranslationTask(hole=0.5)
+    state = start(task)
+    policy = PlannerActor(2, 6, 3, channels=(8, 16), plan_channels=4, action_stride=1)
+    nn.init.normal_(policy.actor.head.conv.weight, std=0.1)
+    states = [state, *follow(policy, task, state, 3)]
+    assert [s["mirrored"].tolist() for s in states] == [[False] * 2, [True] * 2, [False] * 2, [True] * 2]
+    assert torch.equal(task.observe(states[1]), plain.observe(states[1]).flip(3))
+    flipped = plain.reset(state["target"].flip(3)) | {"prediction": states[1]["prediction"].flip(3)}
+    expected = next(follow(policy, plain, flipped, 1))["prediction"].flip(3)
+    assert torch.equal(states[2]["prediction"], expected)
+    assert not torch.allclose(states[2]["prediction"], next(follow(policy, plain, states[1], 1))["prediction"])
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_outside_of_the_hole_nothing_changes(mirror: bool) -> None:
+    task = TranslationTask(hole=0.5, mirror=mirror)
     state = start(task)
     for _ in range(3):
         after = task.advance(state, 0.4 * torch.rand(2, 3, 12, 16) - 0.2)

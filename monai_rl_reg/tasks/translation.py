@@ -38,6 +38,9 @@ class TranslationTask(Task):
     Args:
         hole: inpainting: the share of height and width that the central hole takes; the source is then the image
             itself with the hole cut out, and the image is the target. None translates the whole image.
+        mirror: every other step looks at the mirror image of what there is, and its action is mirrored back. For
+            pictures that are as likely as their mirror images, such as faces: what a step gets wrong from one side,
+            the next one sees from the other.
         l1_weight: weight of the L1 term.
         adversarial_weight: weight of the adversarial term.
         discriminator: judges source and prediction, (B, 6, H, W) of the region; None goes without.
@@ -45,12 +48,13 @@ class TranslationTask(Task):
         success: PSNR in dB above which an episode has reached its goal.
     """
 
-    replay_keys = ("source", "prediction", "target")
+    replay_keys: tuple[str, ...] = ("source", "prediction", "target")
 
     def __init__(
         self,
         *,
         hole: float | None = None,
+        mirror: bool = False,
         l1_weight: float = 10.0,
         adversarial_weight: float = 0.0,
         discriminator: nn.Module | None = None,
@@ -59,6 +63,9 @@ class TranslationTask(Task):
     ) -> None:
         super().__init__()
         self.hole = hole
+        self.mirror = mirror
+        if mirror:
+            self.replay_keys = (*self.replay_keys, "mirrored")
         self.l1_weight = l1_weight
         self.adversarial_weight = adversarial_weight
         self.discriminator = discriminator
@@ -81,12 +88,13 @@ class TranslationTask(Task):
         if label is not None and label.shape[2:] != image.shape[2:]:
             raise ValueError(f"expected a label of the image's size {tuple(image.shape[2:])}, got {tuple(label.shape)}")
         image = image.float()
+        state = {"mirrored": torch.zeros(len(image), dtype=torch.bool, device=image.device)} if self.mirror else {}
         if self.hole is None:
-            state = {"source": image, "prediction": torch.full_like(image[:, :3], GREY)}
+            state |= {"source": image, "prediction": torch.full_like(image[:, :3], GREY)}
             return state if label is None else state | {"target": label.float()}
         source = image.clone()
         self.region(source).fill_(GREY)
-        return {"source": source, "prediction": source, "target": image}
+        return state | {"source": source, "prediction": source, "target": image}
 
     def region(self, x: Tensor) -> Tensor:
         """Return the part of x (B, C, H, W) that is being made, as a view: the hole, or all of it."""
@@ -98,17 +106,18 @@ class TranslationTask(Task):
         return x
 
     def observe(self, state: State) -> Tensor:
-        """Return (source, prediction so far), (B, C + 3, H, W)."""
-        return torch.cat([state["source"], state["prediction"]], dim=1)
+        """Return (source, prediction so far), (B, C + 3, H, W), as the step looks at it."""
+        return self._turned(torch.cat([state["source"], state["prediction"]], dim=1), state)
 
     def advance(self, state: State, action: Tensor) -> State:
         """Add the correction ``action``, (B, 3, H, W), where the image is being made; it stays in [0, 1]."""
-        prediction = (state["prediction"] + action).clamp(0, 1)
+        prediction = (state["prediction"] + self._turned(action, state)).clamp(0, 1)
         if self.hole is not None:
             filled = state["prediction"].clone()
             self.region(filled).copy_(self.region(prediction))
             prediction = filled
-        return state | {"prediction": prediction}
+        after = state | {"prediction": prediction}
+        return after | {"mirrored": ~state["mirrored"]} if self.mirror else after
 
     def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
         """Advance; return also the gain in PSNR, (B,), and whether it has reached ``success``, (B,)."""
@@ -137,6 +146,10 @@ class TranslationTask(Task):
     def output(self, state: State) -> Tensor:
         """Return the prediction, (B, 3, H, W) in [0, 1]."""
         return state["prediction"]
+
+    def _turned(self, x: Tensor, state: State) -> Tensor:
+        """Return x (B, C, H, W), mirrored where the step looks at the mirror image: there, and back again."""
+        return torch.where(state["mirrored"][:, None, None, None], x.flip(3), x) if self.mirror else x
 
     def _psnr(self, state: State) -> Tensor:
         error = self.region(self.output(state)) - self.region(state["target"])
