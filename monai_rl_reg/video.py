@@ -23,6 +23,8 @@ from monai_rl_reg.warping import Warp
 
 RATE = Fraction(24)
 """Frames a second of a folder of pictures, which does not say."""
+SMALLEST = 12
+"""Pixels a side that OpenCV's DIS needs."""
 
 
 class VideoFrames(Dataset[dict[str, Any]]):
@@ -204,7 +206,15 @@ def optical_flow(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: (3, H, W) in [0, 1].
         b: likewise.
+
+    Raises:
+        InputError: if the frames are too small for it.
     """
+    if min(a.shape[1:]) < SMALLEST:
+        height, width = a.shape[1:]
+        raise InputError(
+            f"clip: expected frames of at least {SMALLEST} x {SMALLEST} for the optical flow, found {width} x {height}"
+        )
     cv2 = import_extra("cv2")
     grey = [cv2.cvtColor(to_bytes(frame), cv2.COLOR_RGB2GRAY) for frame in (a, b)]
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)

@@ -82,6 +82,12 @@ def test_bad_files(content: bytes | None, tmp_path: Path) -> None:
         list_clips(tmp_path / "none")
 
 
+def test_frames_too_small_for_the_flow_are_said() -> None:
+    assert optical_flow(*torch.rand(2, 3, 12, 12)).shape == (2, 12, 12)
+    with pytest.raises(InputError, match="at least 12 x 12 for the optical flow, found 20 x 11"):
+        optical_flow(*torch.rand(2, 3, 11, 20))
+
+
 def test_flow_is_in_the_convention_of_warp() -> None:
     a, b = pan(2, down=2, right=5)
     flow = optical_flow(a, b)[:, 12:-12, 12:-12]
