@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -167,7 +168,7 @@ def main() -> None:
         found.setdefault((kind, name), []).append((claim, error))
     print(f"{date.today()}, {arguments.rollouts} rollouts, {time.process_time() - started:.0f} CPU s")
     head = ["error", "claim", "pairs", "within a pair", "pooled", "lowest tenth", "highest tenth", "median claim"]
-    rows = []
+    rows: list[list[Any]] = []
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     for (kind, name), pairs in found.items():
         within = np.mean([spearmanr(*values).statistic for values in pairs])

@@ -133,13 +133,13 @@ def main(size: int = 64) -> None:
         ("MONAI", LocalNormalizedCrossCorrelationLoss(3, 9)),
         ("box sums", BoxLocalNormalizedCrossCorrelationLoss(3, 9)),
     ):
-        times[name] = seconds(lambda ncc=ncc: ncc(pred, target).backward())
+        times[name] = seconds(lambda loss=ncc: loss(pred, target).backward())  # type: ignore[misc]
         print(f"local NCC, window 9, forward + backward, {name}: {1000 * times[name]:.1f} ms")
     print(f"  ratio {times['MONAI'] / times['box sums']:.1f}")
     for box, stride in ((False, 1), (False, 2), (True, 1), (True, 2)):
         rate = transitions_per_second(size, box=box, field_stride=stride)
-        ncc = "box sums" if box else "MONAI's NCC"
-        print(f"training, {ncc}, field at 1/{stride} resolution: {rate:.2f} transitions/s")
+        name = "box sums" if box else "MONAI's NCC"
+        print(f"training, {name}, field at 1/{stride} resolution: {rate:.2f} transitions/s")
 
 
 if __name__ == "__main__":

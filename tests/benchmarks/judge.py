@@ -66,9 +66,10 @@ def main() -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        ckpt = shutil.copy(args.ckpt, Path(folder) / "model.pt")
+        ckpt = str(shutil.copy(args.ckpt, Path(folder) / "model.pt"))
         calibrate(teach, ckpt, witness=args.witness, progress=True)
         judge = load_judge(ckpt, 3)
+        assert judge is not None
         registrar = Registrar(ckpt=ckpt)
         rows = []
         for row in test:

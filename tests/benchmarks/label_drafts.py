@@ -42,11 +42,11 @@ def studies(folder: Path) -> tuple[list[Case], list[Case]]:
     with open(folder / "validation_pairs.csv", newline="", encoding="utf-8") as file:
         unseen = sorted({Path(row[role]).name for row in csv.DictReader(file) for role in ("fixed", "moving")})
     seen = sorted({path.name for path in (folder / "imagesTr").glob("*.nii.gz")} - set(unseen))[::9]
-    kinds = (seen, unseen)
-    return tuple(
-        [Case(n.split(".")[0], str(folder / "imagesTr" / n), str(folder / "labelsTr" / n)) for n in names]
-        for names in kinds
-    )
+
+    def cases(names: list[str]) -> list[Case]:
+        return [Case(n.split(".")[0], str(folder / "imagesTr" / n), str(folder / "labelsTr" / n)) for n in names]
+
+    return cases(seen), cases(unseen)
 
 
 def dice(target: Case, votes: list[Vote]) -> float:
@@ -94,7 +94,8 @@ def curve(propagation: LabelPropagation, cases: list[Case], output: Path) -> Non
     def doubt(target: str, labelled: list[str]) -> float:
         if len(labelled) < 2:  # the app takes the uncertainty then
             return propagation.doubt(by_name[target].image, [by_name[name] for name in labelled], NAMES)
-        return disagreement([v.registration.moved_label.as_tensor() for v in votes(target, labelled)])
+        moved = [v.registration.moved_label for v in votes(target, labelled)]
+        return disagreement([label.as_tensor() for label in moved if label is not None])
 
     curves: dict[str, list[list[float]]] = {"registration_disagreement": [], "random": []}
     for seed in range(SEEDS):

@@ -19,6 +19,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
     os.environ[variable] = "1"
@@ -35,11 +36,12 @@ from monai_rl_reg.metrics import mean_label_dice  # noqa: E402
 
 def dice(moved: str | Path, fixed: str | Path) -> float:
     """Return the mean Dice over the labels of the fixed map."""
-    maps = [np.rint(np.asarray(nib.load(str(path)).dataobj)).astype(np.int64) for path in (moved, fixed)]
+    files: list[Any] = [nib.load(str(path)) for path in (moved, fixed)]
+    maps = [np.rint(np.asarray(file.dataobj)).astype(np.int64) for file in files]
     return float(mean_label_dice(*(torch.from_numpy(x)[None, None] for x in maps)))
 
 
-def ours(pairs: list[dict[str, str]], output: Path, ckpt: str, options: list[str]) -> list[dict[str, object]]:
+def ours(pairs: list[dict[str, str]], output: Path, ckpt: str, options: list[str]) -> list[dict[str, float]]:
     """Register all pairs by the command line."""
     table = pd.DataFrame([{key: str(Path(value).resolve()) for key, value in row.items()} for row in pairs])
     table.insert(0, "name", [f"{i:03d}" for i in range(len(pairs))])
@@ -55,7 +57,7 @@ def ours(pairs: list[dict[str, str]], output: Path, ckpt: str, options: list[str
     ]
 
 
-def ants(pairs: list[dict[str, str]], output: Path) -> list[dict[str, object]]:
+def ants(pairs: list[dict[str, str]], output: Path) -> list[dict[str, float]]:
     """Register all pairs by ANTs: affine, then SyN."""
     import ants as program
 

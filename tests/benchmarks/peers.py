@@ -141,7 +141,7 @@ def demons(fixed: Array, moving: Array, label: Array) -> Moved:
             for x in images
         ]
         program.SetNumberOfIterations(iterations)
-        start = [] if field is None else [SimpleITK.Resample(field, small[0])]
+        start: list[Any] = [] if field is None else [SimpleITK.Resample(field, small[0])]
         field = program.Execute(*small, *start)
     return nearest(label, sitk_field(field))
 

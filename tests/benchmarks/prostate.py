@@ -34,7 +34,7 @@ from monai_rl_reg.working import WorkingPair
 CONFIGS = DEFAULT_BUNDLE / "configs"
 PIXDIM = [0.8, 0.8, 0.8]
 """Half the resolution that the images have by their headers (0.4): a small model, trained in minutes."""
-COMMON = {
+COMMON: dict[str, Any] = {
     "align": "centre",
     "amp": False,  # at this size the gradient of a convolution in bfloat16 was seen to be NaN on a CPU
     "pixdim": PIXDIM,
