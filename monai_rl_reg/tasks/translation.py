@@ -1,7 +1,4 @@
-"""Image translation as a task: a source image becomes its target by a few small corrections.
-
-Two tasks share it: face inpainting, where the source is the photograph with a hole, and photo translation, where it
-is a label map.
+"""Image translation as a task: a source image, such as a label map, becomes its target by a few small corrections.
 
 References:
     SAEC, arXiv 2112.07403; RL-I2IT, arXiv 2309.13672, sections on inpainting and photo translation; spectral
@@ -36,11 +33,6 @@ class TranslationTask(Task):
     backward: give its parameters an optimiser group of their own.
 
     Args:
-        hole: inpainting: the share of height and width that the central hole takes; the source is then the image
-            itself with the hole cut out, and the image is the target. None translates the whole image.
-        mirror: every other step looks at the mirror image of what there is, and its action is mirrored back. For
-            pictures that are as likely as their mirror images, such as faces: what a step gets wrong from one side,
-            the next one sees from the other.
         l1_weight: weight of the L1 term.
         adversarial_weight: weight of the adversarial term.
         discriminator: judges source and prediction, (B, 6, H, W) of the region; None goes without.
@@ -53,8 +45,6 @@ class TranslationTask(Task):
     def __init__(
         self,
         *,
-        hole: float | None = None,
-        mirror: bool = False,
         l1_weight: float = 10.0,
         adversarial_weight: float = 0.0,
         discriminator: nn.Module | None = None,
@@ -62,10 +52,6 @@ class TranslationTask(Task):
         success: float = 40.0,
     ) -> None:
         super().__init__()
-        self.hole = hole
-        self.mirror = mirror
-        if mirror:
-            self.replay_keys = (*self.replay_keys, "mirrored")
         self.l1_weight = l1_weight
         self.adversarial_weight = adversarial_weight
         self.discriminator = discriminator
@@ -74,11 +60,11 @@ class TranslationTask(Task):
         self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
 
     def reset(self, image: Tensor, label: Tensor | None = None) -> State:
-        """Start from grey where the image is to be made.
+        """Start from grey.
 
         Args:
-            image: (B, C, H, W) in [0, 1]: the source; for inpainting the photograph, whose hole is cut out here.
-            label: (B, 3, H, W), the target; for inpainting it is the image.
+            image: (B, C, H, W) in [0, 1], the source.
+            label: (B, 3, H, W), the target.
 
         Raises:
             ValueError: if image or label are not of such a shape.
@@ -88,36 +74,24 @@ class TranslationTask(Task):
         if label is not None and label.shape[2:] != image.shape[2:]:
             raise ValueError(f"expected a label of the image's size {tuple(image.shape[2:])}, got {tuple(label.shape)}")
         image = image.float()
-        state = {"mirrored": torch.zeros(len(image), dtype=torch.bool, device=image.device)} if self.mirror else {}
-        if self.hole is None:
-            state |= {"source": image, "prediction": torch.full_like(image[:, :3], GREY)}
-            return state if label is None else state | {"target": label.float()}
-        source = image.clone()
-        self.region(source).fill_(GREY)
-        return state | {"source": source, "prediction": source, "target": image}
+        state = {"source": image, "prediction": torch.full_like(image[:, :3], GREY)}
+        return state if label is None else state | {"target": label.float()}
 
     def region(self, x: Tensor) -> Tensor:
-        """Return the part of x (B, C, H, W) that is being made, as a view: the hole, or all of it."""
-        if self.hole is None:
-            return x
-        for dim in (2, 3):
-            size = round(x.shape[dim] * self.hole)
-            x = x.narrow(dim, (x.shape[dim] - size) // 2, size)
+        """Return the part of x (B, C, H, W) that is being made, as a view: all of it."""
         return x
 
     def observe(self, state: State) -> Tensor:
-        """Return (source, prediction so far), (B, C + 3, H, W), as the step looks at it."""
-        return self._turned(torch.cat([state["source"], state["prediction"]], dim=1), state)
+        """Return (source, prediction so far), (B, C + 3, H, W)."""
+        return torch.cat([state["source"], state["prediction"]], dim=1)
+
+    def proposal(self, state: State, action: Tensor) -> Tensor:
+        """Return what the step makes of the image, (B, 3, H, W) in [0, 1]: the prediction with the correction added."""
+        return (state["prediction"] + action).clamp(0, 1)
 
     def advance(self, state: State, action: Tensor) -> State:
-        """Add the correction ``action``, (B, 3, H, W), where the image is being made; it stays in [0, 1]."""
-        prediction = (state["prediction"] + self._turned(action, state)).clamp(0, 1)
-        if self.hole is not None:
-            filled = state["prediction"].clone()
-            self.region(filled).copy_(self.region(prediction))
-            prediction = filled
-        after = state | {"prediction": prediction}
-        return after | {"mirrored": ~state["mirrored"]} if self.mirror else after
+        """Take the proposal, with the correction ``action`` (B, 3, H, W), as the prediction."""
+        return state | {"prediction": self.proposal(state, action)}
 
     def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
         """Advance; return also the gain in PSNR, (B,), and whether it has reached ``success``, (B,)."""
@@ -126,8 +100,8 @@ class TranslationTask(Task):
         return after, self.reward_scale * (psnr - before), psnr > self.success
 
     def loss(self, state: State, action: Tensor, act: Act) -> dict[str, Tensor]:
-        """Return L1 and, with a discriminator, the adversarial term and the discriminator's own, after the step."""
-        prediction, target = self.region(self.advance(state, action)["prediction"]), self.region(state["target"])
+        """Return L1 and, with a discriminator, the adversarial term and the discriminator's own, of the proposal."""
+        prediction, target = self.region(self.proposal(state, action)), self.region(state["target"])
         terms = {"l1": self.l1_weight * F.l1_loss(prediction, target)}
         if self.discriminator is not None:
             source = self.region(state["source"])
@@ -146,10 +120,6 @@ class TranslationTask(Task):
     def output(self, state: State) -> Tensor:
         """Return the prediction, (B, 3, H, W) in [0, 1]."""
         return state["prediction"]
-
-    def _turned(self, x: Tensor, state: State) -> Tensor:
-        """Return x (B, C, H, W), mirrored where the step looks at the mirror image: there, and back again."""
-        return torch.where(state["mirrored"][:, None, None, None], x.flip(3), x) if self.mirror else x
 
     def _psnr(self, state: State) -> Tensor:
         error = self.region(self.output(state)) - self.region(state["target"])
