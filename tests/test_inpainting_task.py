@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monai_rl_reg.errors import InputError
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.rollout import follow
-from monai_rl_reg.tasks.inpainting import TURNS, InpaintingTask
+from monai_rl_reg.tasks.inpainting import InpaintingTask
 from monai_rl_reg.tasks.translation import GREY
 
 HOLE = (slice(None), slice(None), slice(3, 9), slice(4, 12))
@@ -41,24 +40,18 @@ def test_hole_cannot_be_seen() -> None:
     assert torch.equal(task.observe(task.reset(first)), task.observe(task.reset(other)))
 
 
-@pytest.mark.parametrize(("views", "size"), [(1, (12, 16)), (2, (12, 16)), (4, (12, 16)), (8, (16, 16))])
-def test_prediction_is_the_mean_of_looks_from_every_side(views: int, size: tuple[int, int]) -> None:
-    task, policy, image = InpaintingTask(views=views), make_policy(), torch.rand(2, 3, *size)
+@pytest.mark.parametrize("views", [1, 2, 4])
+def test_prediction_is_the_mean_of_looks_from_every_side(views: int) -> None:
+    task, policy, image = InpaintingTask(views=views), make_policy(), torch.rand(2, 3, 12, 16)
     state = task.reset(image)
     *_, last = follow(policy, task, state, views)
 
-    def looked(view: int) -> Tensor:
+    def looked(*turns: int) -> Tensor:
         """What the policy makes of the hole of the picture when it is turned by hand, and the result turned back."""
-        used = [turn for k, turn in enumerate(TURNS) if view >> k & 1]
-        turned = state["source"]
-        for turn in used:
-            turned = turn(turned)
-        made = (turned + policy(turned)).clamp(0, 1)
-        for turn in reversed(used):
-            made = turn(made)
-        return task.region(made)
+        turned = state["source"].flip(turns)
+        return task.region((turned + policy(turned)).clamp(0, 1).flip(turns))
 
-    proposals = torch.stack([looked(view) for view in range(views)])
+    proposals = torch.stack([looked(), looked(3), looked(2), looked(2, 3)][:views])
     torch.testing.assert_close(task.region(task.output(last)), proposals.mean(0))
     assert last["looks"].tolist() == [views] * 2
     assert views == 1 or not torch.allclose(proposals[0], proposals[-1])
@@ -112,9 +105,7 @@ def test_discriminator_judges_the_hole() -> None:
 
 
 def test_wrong_views_and_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="views must be 1, 2, 4 or 8, got 3"):
+    with pytest.raises(ValueError, match="views must be 1, 2 or 4, got 3"):
         InpaintingTask(views=3)
-    with pytest.raises(InputError, match=r"expected square images for 8 views, got \(12, 16\)"):
-        InpaintingTask(views=8).reset(torch.rand(2, 3, 12, 16))
     with pytest.raises(ValueError, match="expected images of shape"):
         InpaintingTask().reset(torch.rand(3, 12, 16))
