@@ -11,6 +11,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.task import State, Task
 from monai_rl_reg.video import flows_between
@@ -63,7 +64,7 @@ class StepwiseInferer(Inferer):
     def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
         """Yield the first state and the state after every step."""
         self.task.eval()
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.half):
+        with quick_convolutions(inputs.device, half=self.half):
             state = self.task.reset(convert_to_tensor(inputs, track_meta=False))
         yield state
         yield from follow(  # type: ignore[misc]

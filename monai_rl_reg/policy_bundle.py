@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from monai_rl_reg.anatomy import Anatomy
+from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.judge import load_judge
@@ -172,7 +173,7 @@ class PolicyBundle:
                 structures = state[f"{role}_anatomy"]
                 scores = torch.cat([1 - structures.sum(1, keepdim=True), structures], dim=1)
             else:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.inferer.half):
+                with quick_convolutions(self.device, half=self.inferer.half):
                     scores = witness(state[role])
             found.append(scores.argmax(1, keepdim=True).int())
         return torch.cat(found, dim=1)

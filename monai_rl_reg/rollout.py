@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.tasks.task import State, Task
 
@@ -73,7 +74,7 @@ def follow(
     """
     for _ in range(steps):
         observation = task.observe(state)
-        with torch.autocast(observation.device.type, torch.bfloat16, enabled=half):
+        with quick_convolutions(observation.device, half=half):
             action = policy.sample(observation)[2] if sample else policy(observation)
         state = task.advance(state, action)
         yield state
