@@ -73,5 +73,6 @@ def _convolve(
     if isinstance(padding, str):
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, bias, stride, padding, dilation, groups)
     sizes: list[Any] = [(n,) * (x.ndim - 2) if isinstance(n, int) else n for n in (padding, stride, dilation)]
-    convolved: Tensor = torch.mkldnn_convolution(x, weight, bias, *sizes, groups)
+    convolve: Any = torch.mkldnn_convolution  # torch's own description of it is wrong
+    convolved: Tensor = convolve(x, weight, bias, *sizes, groups)
     return convolved
