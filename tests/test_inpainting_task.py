@@ -40,23 +40,18 @@ def test_hole_cannot_be_seen() -> None:
     assert torch.equal(task.observe(task.reset(first)), task.observe(task.reset(other)))
 
 
-@pytest.mark.parametrize("views", [1, 2, 4, 8])
+@pytest.mark.parametrize("views", [1, 2, 4])
 def test_prediction_is_the_mean_of_looks_from_every_side(views: int) -> None:
-    width = 12 if views == 8 else 16
-    task, policy, image = InpaintingTask(views=views), make_policy(), torch.rand(2, 3, 12, width)
+    task, policy, image = InpaintingTask(views=views), make_policy(), torch.rand(2, 3, 12, 16)
     state = task.reset(image)
     *_, last = follow(policy, task, state, views)
 
-    def looked(*turns: int, lying: bool = False) -> Tensor:
+    def looked(*turns: int) -> Tensor:
         """What the policy makes of the hole of the picture when it is turned by hand, and the result turned back."""
         turned = state["source"].flip(turns)
-        turned = turned.mT if lying else turned
-        proposal = (turned + policy(turned)).clamp(0, 1)
-        return task.region((proposal.mT if lying else proposal).flip(turns))
+        return task.region((turned + policy(turned)).clamp(0, 1).flip(turns))
 
-    sides: list[tuple[int, ...]] = [(), (3,), (2,), (2, 3)]
-    looks = [looked(*turns) for turns in sides] + [looked(*turns, lying=True) for turns in sides if width == 12]
-    proposals = torch.stack(looks[:views])
+    proposals = torch.stack([looked(), looked(3), looked(2), looked(2, 3)][:views])
     torch.testing.assert_close(task.region(task.output(last)), proposals.mean(0))
     assert last["looks"].tolist() == [views] * 2
     assert views == 1 or not torch.allclose(proposals[0], proposals[-1])
@@ -110,9 +105,7 @@ def test_discriminator_judges_the_hole() -> None:
 
 
 def test_wrong_views_and_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="views must be 1, 2, 4 or 8, got 3"):
+    with pytest.raises(ValueError, match="views must be 1, 2 or 4, got 3"):
         InpaintingTask(views=3)
-    with pytest.raises(ValueError, match="square images for 8 views"):
-        InpaintingTask(views=8).reset(torch.rand(2, 3, 12, 16))
     with pytest.raises(ValueError, match="expected images of shape"):
         InpaintingTask().reset(torch.rand(3, 12, 16))

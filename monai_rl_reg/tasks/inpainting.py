@@ -31,8 +31,8 @@ class InpaintingTask(TranslationTask):
 
     Args:
         hole: the share of height and width that the central hole takes.
-        views: ways to look at an image, 1, 2, 4 or 8: the first is upright, every other one mirrored, every other
-            pair upside down, every other four lying on the side (the image is square then).
+        views: ways to look at an image, 1, 2 or 4: the first is upright, every other one mirrored, every other pair
+            upside down.
         options: of :class:`TranslationTask`.
 
     Raises:
@@ -43,8 +43,8 @@ class InpaintingTask(TranslationTask):
 
     def __init__(self, *, hole: float = 0.5, views: int = 2, **options: Any) -> None:
         super().__init__(**options)
-        if views not in (1, 2, 4, 8):
-            raise ValueError(f"views must be 1, 2, 4 or 8, got {views}")
+        if views not in (1, 2, 4):
+            raise ValueError(f"views must be 1, 2 or 4, got {views}")
         self.hole = hole
         self.views = views
 
@@ -52,11 +52,9 @@ class InpaintingTask(TranslationTask):
         """Cut the hole out of an image (B, 3, H, W) in [0, 1], which is the target; ``label`` is not read.
 
         Raises:
-            ValueError: if the image is not of such a shape, or not square where it is looked at from the side.
+            ValueError: if the image is not of such a shape.
         """
         state = super().reset(image, image)
-        if self.views == 8 and image.shape[2] != image.shape[3]:
-            raise ValueError(f"expected square images for 8 views, got {tuple(image.shape[2:])}")
         source = state["source"].clone()
         self.region(source).fill_(GREY)
         looks = torch.zeros(len(image), dtype=torch.long, device=image.device)
@@ -75,7 +73,7 @@ class InpaintingTask(TranslationTask):
 
     def proposal(self, state: State, action: Tensor) -> Tensor:
         """Return the source with the action, (B, 3, H, W), turned back and added; in [0, 1]."""
-        return (state["source"] + self._turned(action, state, back=True)).clamp(0, 1)
+        return (state["source"] + self._turned(action, state)).clamp(0, 1)
 
     def advance(self, state: State, action: Tensor) -> State:
         """Take the proposal of ``action``, (B, 3, H, W), into the mean; outside of the hole nothing changes."""
@@ -84,11 +82,9 @@ class InpaintingTask(TranslationTask):
         self.region(prediction).lerp_(self.region(self.proposal(state, action)), share)
         return state | {"prediction": prediction, "looks": state["looks"] + 1}
 
-    def _turned(self, x: Tensor, state: State, *, back: bool = False) -> Tensor:
-        """Return x (B, C, H, W) turned as the step looks at it, or turned ``back``."""
-        turns = [lambda x: x.flip(3), lambda x: x.flip(2), lambda x: x.transpose(2, 3)]
-        order = list(enumerate(turns[: self.views.bit_length() - 1]))
-        for k, turn in reversed(order) if back else order:  # each undoes itself
+    def _turned(self, x: Tensor, state: State) -> Tensor:
+        """Return x (B, C, H, W) turned as the step looks at it, which is also how it is turned back."""
+        for k, dim in enumerate((3, 2)[: self.views // 2]):
             turned = state["looks"] >> k & 1 == 1
-            x = torch.where(turned[:, None, None, None], turn(x), x)
+            x = torch.where(turned[:, None, None, None], x.flip(dim), x)
         return x
