@@ -57,7 +57,8 @@ class Anatomy(nn.Module):
         Args:
             image: (B, 1, *spatial).
         """
-        return self._scores(image).softmax(1)
+        # torch's softmax over channels rounds by where its threads' shares end; this one by nothing of the kind
+        return self._scores(image).log_softmax(1).exp()
 
     @torch.no_grad()
     def see(self, image: Tensor) -> Tensor:

@@ -53,6 +53,19 @@ def test_the_default_widths_train_on_the_smallest_images(size: tuple[int, ...]) 
     assert loss.isfinite()
 
 
+def test_the_number_of_threads_changes_nothing() -> None:
+    threads = torch.get_num_threads()
+    anatomy = make_anatomy(3)
+    image = torch.rand(1, 1, 33, 17, 29)  # odd: here torch's softmax over channels would depend on them
+    seen = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        seen.append(anatomy.see(image))
+    torch.set_num_threads(threads)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
 @pytest.mark.parametrize("size", [(9, 7), (9, 7, 5)])
 def test_what_is_seen_and_the_background_are_probabilities(size: tuple[int, ...]) -> None:
     anatomy = make_anatomy(len(size), 3)
