@@ -34,7 +34,7 @@ class TranslationTask(Task):
 
     Args:
         l1_weight: weight of the L1 term.
-        adversarial_weight: weight of the adversarial term.
+        adversarial_weight: weight of the adversarial term; at 0 there is no discriminator to train either.
         discriminator: judges source and prediction, (B, 6, H, W) of the region; None goes without.
         reward_scale: factor on the reward.
         success: PSNR in dB above which an episode has reached its goal.
@@ -54,7 +54,7 @@ class TranslationTask(Task):
         super().__init__()
         self.l1_weight = l1_weight
         self.adversarial_weight = adversarial_weight
-        self.discriminator = discriminator
+        self.discriminator = discriminator if adversarial_weight else None
         self.reward_scale = reward_scale
         self.success = success
         self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
