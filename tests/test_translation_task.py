@@ -141,6 +141,13 @@ def test_loss_is_the_weighted_distance_after_the_step_where_the_image_is_made(ki
     assert float((gradient != 0).float().mean()) == pytest.approx(share)
 
 
+def test_without_weight_no_discriminator_is_trained() -> None:
+    task = TranslationTask(adversarial_weight=0.0, discriminator=Mean())
+    assert not list(task.parameters())
+    state = task.reset(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8))
+    assert set(task.loss(state, torch.zeros(2, 3, 8, 8), torch.zeros_like)) == {"l1"}
+
+
 def test_adversarial_terms_are_those_of_least_squares() -> None:
     task = TranslationTask(adversarial_weight=0.5, discriminator=Mean())
     state = task.reset(torch.full((2, 3, 12, 16), 0.2), torch.full((2, 3, 12, 16), 0.8))
