@@ -26,6 +26,7 @@ setup(
         "itk",
         "numpy",
         "fire",
+        "isal",
         "matplotlib",
         "psutil",
         "pytorch-ignite",

@@ -12,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from isal.igzip import IGzipFile
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.transforms import LoadImage
@@ -195,7 +196,11 @@ def _write(path: str | Path, data: np.ndarray, affine: Tensor, intent: int | Non
     if intent is not None:
         file.header["intent_code"] = intent
     with replacing(path) as temporary:
-        nib.save(file, temporary)
+        if temporary.suffix == ".gz":  # zlib would take as long over a field as the registration that made it
+            with open(temporary, "wb") as raw, IGzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+                file.to_stream(packed)
+        else:
+            nib.save(file, temporary)
 
 
 def _umask() -> int:
