@@ -57,13 +57,14 @@ class FeatureNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).reshape(1, 3, 1, 1), persistent=False)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the activations of the layers for an image (B, 3, H, W) in [0, 1]."""
+    def forward(self, image: Tensor, *, count: int | None = None) -> list[Tensor]:
+        """Return the activations of the layers, or of the first ``count``, for an image (B, 3, H, W) in [0, 1]."""
         x = (image - self.mean) / self.std
+        wanted = sorted(self.layers)[:count]
         features = []
-        for index, layer in enumerate(self._model[0]):
+        for index, layer in enumerate(self._model[0][: wanted[-1] + 1]):
             x = layer(x)
-            if index in self.layers:
+            if index in wanted:
                 features.append(x)
         return features
 

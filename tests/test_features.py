@@ -55,6 +55,7 @@ def test_features_are_the_activations_of_the_layers_of_the_normalised_image(
     found = make_features(weights, layers=layers)(image)
     expected = [model.features[: layer + 1](normalised) for layer in layers or LAYERS["squeezenet1_0"]]
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(make_features(weights, layers=layers)(image, count=1), expected[:1])
 
 
 def test_default_layers_of_vgg16_are_those_that_style_transfer_takes() -> None:

@@ -124,15 +124,15 @@ class StyleTask(Task):
         """Return the content loss of each item, (B,), unweighted."""
         return self._content_loss(self._features(state["stylised"]), state)
 
-    def _features(self, image: Tensor) -> list[Tensor]:
+    def _features(self, image: Tensor, *, count: int | None = None) -> list[Tensor]:
         if self.features is None or not self.levels:
             raise ValueError("expected a feature network and a style image to judge a stylised image with")
-        features: list[Tensor] = self.features(image)
+        features: list[Tensor] = self.features(image, count=count)
         return features
 
     def _content_loss(self, features: list[Tensor], state: State) -> Tensor:
         with torch.no_grad():
-            goal = self._features(state["content"])[self.content_layer]
+            goal = self._features(state["content"], count=self.content_layer + 1)[-1]
         return _relative(features[self.content_layer], goal)
 
     def _style_loss(self, features: list[Tensor]) -> Tensor:
