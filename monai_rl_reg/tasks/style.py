@@ -132,7 +132,8 @@ class StyleTask(Task):
 
     def _content_loss(self, features: list[Tensor], state: State) -> Tensor:
         with torch.no_grad():
-            goal = self._features(state["content"], count=self.content_layer + 1)[-1]
+            count = range(self.levels)[self.content_layer] + 1
+            goal = self._features(state["content"], count=count)[-1]
         return _relative(features[self.content_layer], goal)
 
     def _style_loss(self, features: list[Tensor]) -> Tensor:
