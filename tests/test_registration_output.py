@@ -23,6 +23,11 @@ def test_all_files_are_there(registration_folder: Path) -> None:
         assert quality[key] is not None
 
 
+def test_images_hold_no_time_so_that_equal_results_are_equal_files(registration_folder: Path) -> None:
+    for file in registration_folder.glob("*.nii.gz"):
+        assert file.read_bytes()[4:8] == bytes(4), file  # the time stamp in gzip's header
+
+
 def test_what_else_lies_in_the_folder_stays_and_old_results_go(registration: Registration, tmp_path: Path) -> None:
     registration.save(tmp_path / "out", tfm=True)
     (tmp_path / "out" / "notes.txt").write_text("mine")
