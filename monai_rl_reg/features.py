@@ -43,6 +43,7 @@ class FeatureNetwork(nn.Module):
         self, network: str = "vgg16", *, weights: str | None = None, layers: Sequence[int] | None = None
     ) -> None:
         super().__init__()
+        self.network = network
         self.layers = tuple(layers if layers is not None else LAYERS.get(network, ()))
         if not self.layers:
             raise InputError(f"feature network {network}: expected layers to look at (known: {', '.join(LAYERS)})")

@@ -189,18 +189,20 @@ def invert(transform: DenseTransform, points: Tensor, *, iterations: int = 60, t
     to_voxels = to_grid[:-1, :-1].float()
     # only the way from z to x, in millimetres: single precision knows it well
     way = -sample(transform.displacement, z)
-    found, best = way.clone(), torch.full_like(z[0], torch.inf)
-    open_points = torch.arange(z.shape[1], device=z.device)
+    found = torch.empty_like(way)
+    here, held, best = torch.arange(z.shape[1], device=z.device), way, torch.full_like(z[0], torch.inf)
     for i in range(iterations):
-        off = way + sample(transform.displacement, z + to_voxels @ way)
+        off = way + sample(transform.displacement, torch.addmm(z, to_voxels, way))
         error = off.square().sum(0)
-        better = error < best[open_points]
-        best[open_points] = torch.where(better, error, best[open_points])
-        found[:, open_points] = torch.where(better, way, found[:, open_points])
+        better = error < best
+        best, held = torch.where(better, error, best), torch.where(better, way, held)
         keep = error > tolerance**2
-        if not keep.any():
+        left = int(keep.sum())
+        if left == 0:
             break
-        way = way - 0.5 ** (3 * i // iterations) * off
-        if keep.sum() < 0.8 * len(keep):  # else it costs more to leave them out
-            open_points, z, way = open_points[keep], z[:, keep], way[:, keep]
+        way = torch.sub(way, off, alpha=0.5 ** (3 * i // iterations))
+        if left < 0.8 * len(keep):  # else it costs more to leave them out
+            found[:, here[~keep]] = held[:, ~keep]
+            here, z, way, held, best = here[keep], z[:, keep], way[:, keep], held[:, keep], best[keep]
+    found[:, here] = held
     return points + found.to(points.dtype).reshape(points.shape)

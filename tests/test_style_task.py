@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ from gradients import drop_entropy, make_blind, make_transition, parts_moved_by,
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.features import FeatureNetwork
 from monai_rl_reg.losses import SoftActorCriticLoss
 from monai_rl_reg.networks import PlannerActor, TwinCritic
-from monai_rl_reg.tasks.style import StyleTask, gram_matrix
+from monai_rl_reg.tasks.style import StyleTask, gram_matrix, load_style
 
 models = pytest.importorskip("torchvision.models")
 
@@ -20,12 +22,17 @@ SIZE = (40, 32)
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureNetwork:
-    """A feature network with random weights from a file: no download."""
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a feature network in a file: no download."""
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "squeezenet.pt"
     torch.save(models.squeezenet1_0(weights=None).state_dict(), file)
-    return FeatureNetwork("squeezenet1_0", weights=str(file))
+    return file
+
+
+@pytest.fixture(scope="module")
+def features(weights: Path) -> FeatureNetwork:
+    return FeatureNetwork("squeezenet1_0", weights=str(weights))
 
 
 @pytest.fixture
@@ -178,10 +185,12 @@ def test_variation_is_the_mean_difference_of_neighbours(features: FeatureNetwork
 def test_checkpoint_holds_the_style_but_not_the_feature_network(
     task: StyleTask, features: FeatureNetwork, style: Tensor
 ) -> None:
-    assert set(task.state_dict()) == {f"gram_{level}" for level in range(4)}
+    assert set(task.state_dict()) == {*(f"gram_{level}" for level in range(4)), "_extra_state"}
     assert list(task.parameters()) == []
     other = StyleTask(features, torch.rand(3, 48, 40))
     other.load_state_dict(task.state_dict())
+    assert other.style is not None
+    assert torch.equal(other.style, style)
     state = task.reset(torch.rand(1, 3, *SIZE))
     assert torch.equal(other.style_loss(state), task.style_loss(state))
 
@@ -189,8 +198,85 @@ def test_checkpoint_holds_the_style_but_not_the_feature_network(
 def test_checkpoint_of_a_style_with_meta_data_is_of_plain_tensors(features: FeatureNetwork, style: Tensor) -> None:
     """MONAI's transforms give tensors that ``torch.load`` refuses to read again."""
     state = StyleTask(features, MetaTensor(style)).state_dict()
-    assert {type(value) for value in state.values()} == {Tensor}
-    assert all(torch.equal(value, state[key]) for key, value in StyleTask(features, style).state_dict().items())
+    extra = state.pop("_extra_state")
+    assert {type(value) for value in state.values()} == {type(extra["style"])} == {Tensor}
+    assert all(torch.equal(value, StyleTask(features, style).state_dict()[key]) for key, value in state.items())
+
+
+def saved(task: StyleTask, tmp_path: Path) -> str:
+    path = tmp_path / "model.pt"
+    torch.save({"network": {}, "task": task.state_dict()}, path)
+    return str(path)
+
+
+def test_loaded_task_judges_and_guides_as_in_training(
+    features: FeatureNetwork, weights: Path, style: Tensor, tmp_path: Path
+) -> None:
+    settings = {"content_layer": 2, "content_weight": 1.3, "style_weight": 2.0, "variation_weight": 0.1}
+    task = StyleTask(features, style, guided=True, **settings)
+    again = load_style(StyleTask(), saved(task, tmp_path), feature_weights=str(weights))
+    state = task.advance(task.reset(torch.rand(2, 3, *SIZE)), torch.rand(2, 3, *SIZE) - 0.5)
+    assert again.observe(state).shape[1] == 9
+    torch.testing.assert_close(again.observe(state), task.observe(state))
+    torch.testing.assert_close(again.losses(state), task.losses(state))
+
+
+def test_loaded_task_without_guide_needs_the_features_to_judge_alone(
+    features: FeatureNetwork, weights: Path, style: Tensor, tmp_path: Path
+) -> None:
+    path = saved(StyleTask(features, style), tmp_path)
+    state = StyleTask().reset(torch.rand(1, 3, *SIZE))
+    assert load_style(StyleTask(), path, feature_weights="absent.pt").observe(state).shape[1] == 6
+    judging = load_style(StyleTask(), path, feature_weights=str(weights), judge=True)
+    torch.testing.assert_close(judging.style_loss(state), StyleTask(features, style).style_loss(state))
+
+
+@pytest.mark.parametrize("content", [{"network": {}}, {"task": {}}, {"task": StyleTask().state_dict()}, [1]])
+def test_checkpoint_without_a_style_is_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model\.pt: expected one of image style transfer with its style"):
+        load_style(StyleTask(), str(tmp_path / "model.pt"))
+
+
+def test_pull_is_the_way_down_of_the_task_loss(features: FeatureNetwork, style: Tensor) -> None:
+    task = StyleTask(features, style)
+    state = task.advance(task.reset(torch.rand(2, 3, *SIZE)), torch.rand(2, 3, *SIZE) - 0.5)
+    inside = torch.rand(2, 3, *SIZE) * 0.8 + 0.1
+    state["stylised"] = inside
+    pull = task.pull(state)
+    torch.testing.assert_close(pull.square().mean((1, 2, 3)), torch.ones(2))
+
+    def total(image: Tensor) -> float:
+        return float(torch.stack(list(task.losses(state | {"stylised": image}).values())).sum())
+
+    way, off = 1e-3 * pull, 1e-3 * torch.randn_like(pull)
+    falls = [total(inside) - total(inside + change) for change in (way, off)]
+    assert falls[0] > 10 * abs(falls[1])
+    assert total(inside) - total(inside - way) < 0
+
+
+def test_pull_of_an_item_knows_nothing_of_the_others(features: FeatureNetwork, style: Tensor) -> None:
+    task = StyleTask(features, style)
+    state = task.reset(torch.rand(2, 3, *SIZE))
+    alone = task.pull({key: value[1:] for key, value in state.items()})
+    torch.testing.assert_close(task.pull(state)[1:], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_guided_task_observes_the_pull_in_every_mode(mode: Any, features: FeatureNetwork, style: Tensor) -> None:
+    task = StyleTask(features, style, guided=True)
+    state = task.reset(torch.rand(1, 3, *SIZE))
+    expected = torch.cat([state["content"], state["stylised"], task.pull(state)], 1)
+    with mode():
+        seen = task.observe(task.reset(state["content"]))
+    torch.testing.assert_close(seen, expected)
+    assert not seen.requires_grad
+
+
+def test_no_pull_where_there_is_nowhere_to_go(features: FeatureNetwork) -> None:
+    image = torch.full((1, 3, *SIZE), 0.5)
+    task = StyleTask(features, image[0])
+    assert torch.isfinite(task.pull(task.reset(image))).all()
 
 
 @pytest.mark.parametrize(

@@ -90,11 +90,11 @@ def facade(random: Generator, size: int) -> Array:
             if u() < shuttered:
                 drawn = upper + high * u(0.25, 0.8)
                 part("blind", middle - half, upper, middle + half, drawn, frame * 0.9)
-                for slat in np.arange(upper + 0.01, drawn, 0.014):
+                for slat in np.arange(upper + 0.01, drawn, 0.014).tolist():
                     photo.box(middle - half, slat, middle + half, slat + 0.004, frame * 0.68)
             if floor == railed:
                 part("balcony", middle - half * 1.3, lower - 0.06, middle + half * 1.3, lower + 0.012, wall * 0.35)
-                for bar in np.arange(middle - half * 1.3 + 0.008, middle + half * 1.3 - 0.008, 0.016):
+                for bar in np.arange(middle - half * 1.3 + 0.008, middle + half * 1.3 - 0.008, 0.016).tolist():
                     photo.box(bar, lower - 0.052, bar + 0.008, lower, wall * 0.85)
                 shadow(middle - half * 1.3, lower + 0.012, middle + half * 1.3, 0.012)
             elif with_sills:
@@ -118,7 +118,7 @@ def facade(random: Generator, size: int) -> Array:
         elif shops:
             part("shop", middle - bay * 0.42, upper, middle + bay * 0.42, street - 0.02, np.array([0.16, 0.17, 0.2]))
             photo.box(middle - bay * 0.42, upper, middle + bay * 0.42, upper + 0.035, awning)
-            for stripe in np.arange(middle - bay * 0.42, middle + bay * 0.4, 0.04):
+            for stripe in np.arange(middle - bay * 0.42, middle + bay * 0.4, 0.04).tolist():
                 photo.box(stripe, upper, stripe + 0.02, upper + 0.035, np.full(3, 0.9))
         else:
             window(middle, upper, upper + 0.5 * (street - upper), half)
@@ -146,8 +146,8 @@ def _masonry(random: Generator, photo: Sheet, box: tuple[float, float, float, fl
     left, top, right, bottom = box
     high, wide, spread = ((0.022, 0.05, 0.09), (0.055, 0.12, 0.05), (0.03, 0.03, 0.025))[random.integers(3)]
     joint = 0.0 if high == wide else 0.005  # of mortar: there the wall shows
-    for row, upper in enumerate(np.arange(top, bottom, high)):
-        for start in np.arange(left - wide * (0.5 * (row % 2)), right, wide):
+    for row, upper in enumerate(np.arange(top, bottom, high).tolist()):
+        for start in np.arange(left - wide * (0.5 * (row % 2)), right, wide).tolist():
             colour = wall * (1 + random.uniform(-spread, spread))
             photo.box(
                 max(start, left), upper, min(start + wide, right) - joint, min(upper + high, bottom) - joint, colour

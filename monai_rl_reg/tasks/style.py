@@ -6,13 +6,20 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
+from monai_rl_reg.checkpoints import load_checkpoint
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.features import FeatureNetwork
 from monai_rl_reg.tasks.task import Act, State, Task
+
+SETTINGS = ("guided", "content_layer", "content_weight", "style_weight", "variation_weight")
+"""What a policy's observation and losses depend on beside the style and the feature network."""
 
 
 class StyleTask(Task):
@@ -29,8 +36,10 @@ class StyleTask(Task):
     so that the weights mean the same for every feature network. The task loss adds the total variation.
 
     Args:
-        features: the feature network; inference does without.
-        style: the style image, (3, H, W) in [0, 1]; inference does without.
+        features: the feature network; inference does without unless ``guided``.
+        style: the style image, (3, H, W) in [0, 1]; inference does without unless ``guided``.
+        guided: whether the :meth:`pull` of the task loss is observed beside the images: where each pixel should go,
+            so that the policy has to find how far, and what goes together.
         content_layer: which of the network's layers the content loss looks at.
         content_weight: weight of the content loss.
         style_weight: weight of the style loss.
@@ -45,6 +54,7 @@ class StyleTask(Task):
         features: FeatureNetwork | None = None,
         style: Tensor | None = None,
         *,
+        guided: bool = False,
         content_layer: int = 1,
         content_weight: float = 1.0,
         style_weight: float = 3.0,
@@ -53,18 +63,35 @@ class StyleTask(Task):
     ) -> None:
         super().__init__()
         self.features = features
+        self.guided = guided
         self.content_layer = content_layer
         self.content_weight = content_weight
         self.style_weight = style_weight
         self.variation_weight = variation_weight
         self.reward_scale = reward_scale
+        self.style: Tensor | None = None
         self.levels = 0
         if features is not None and style is not None:
-            with torch.no_grad():
-                grams = [gram_matrix(x) for x in features(convert_to_tensor(style, track_meta=False)[None])]
-            self.levels = len(grams)
-            for level, gram in enumerate(grams):
-                self.register_buffer(f"gram_{level}", gram)
+            self.look(features, style)
+
+    def look(self, features: FeatureNetwork, style: Tensor) -> None:
+        """Take this feature network and this style."""
+        self.features = features
+        self.style = convert_to_tensor(style, track_meta=False)
+        with torch.no_grad():
+            grams = [gram_matrix(x) for x in features(self.style[None])]
+        self.levels = len(grams)
+        for level, gram in enumerate(grams):
+            self.register_buffer(f"gram_{level}", gram)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what :func:`load_style` fills another task with."""
+        network = None if self.features is None else self.features.network
+        return {"style": self.style, "network": network} | {name: getattr(self, name) for name in SETTINGS}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take on the style that the Gram matrices beside it are of; the weights stay those of the configuration."""
+        self.style = state["style"]
 
     def reset(self, image: Tensor, label: Tensor | None = None) -> State:
         """Start from the content image (B, 3, H, W) in [0, 1].
@@ -78,8 +105,23 @@ class StyleTask(Task):
         return {"content": image, "stylised": image}
 
     def observe(self, state: State) -> Tensor:
-        """Return (content, stylised so far), (B, 6, H, W)."""
-        return torch.cat([state["content"], state["stylised"]], dim=1)
+        """Return (content, stylised so far), (B, 6, H, W), and if ``guided`` the pull, (B, 9, H, W)."""
+        seen = [state["content"], state["stylised"]]
+        return torch.cat([*seen, self.pull(state)] if self.guided else seen, dim=1)
+
+    def pull(self, state: State) -> Tensor:
+        """Return the change of each pixel by which the task loss falls fastest, (B, 3, H, W).
+
+        Its root mean square is 1 in every item, so that it does not depend on the image's size, nor on how far there
+        is to go; no gradient flows back through it.
+        """
+        device = state["content"].device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            x = state["stylised"].detach().clone().requires_grad_()
+            losses = self.losses({"content": state["content"].detach().clone(), "stylised": x})
+            (slope,) = torch.autograd.grad(torch.stack(list(losses.values())).sum(), x)
+        typical = slope.square().mean((1, 2, 3), keepdim=True).sqrt()
+        return -slope / typical.clamp(min=torch.finfo(typical.dtype).tiny)
 
     def advance(self, state: State, action: Tensor) -> State:
         """Add the action, (B, 3, H, W); the image stays in [0, 1]."""
@@ -140,6 +182,38 @@ class StyleTask(Task):
         grams = [self.get_buffer(f"gram_{level}") for level in range(self.levels)]
         distances = [_relative(gram_matrix(x), goal) for x, goal in zip(features, grams, strict=True)]
         return torch.stack(distances).mean(0)
+
+
+def load_style(
+    task: StyleTask,
+    path: str,
+    *,
+    feature_weights: str | None = None,
+    judge: bool = False,
+    map_location: str | torch.device = "cpu",
+) -> StyleTask:
+    """Give a task the style and the settings that a policy was trained with, from a checkpoint of the training.
+
+    Args:
+        task: gets them.
+        path: of the checkpoint.
+        feature_weights: a file with the feature network's weights; None downloads torchvision's.
+        judge: whether the task will be asked for its losses; the feature network is loaded for these and for a policy
+            that is guided.
+        map_location: where the task goes.
+
+    Raises:
+        InputError: if the file is missing, is no checkpoint or holds no style, or the feature network cannot be had.
+    """
+    checkpoint = load_checkpoint(path)
+    kept = checkpoint.get("task", {}).get("_extra_state") if isinstance(checkpoint, dict) else None
+    if not isinstance(kept, dict) or kept.get("style") is None or kept.get("network") is None:
+        raise InputError(f"checkpoint {path}: expected one of image style transfer with its style, found none in it")
+    for name in SETTINGS:
+        setattr(task, name, kept[name])
+    if judge or task.guided:
+        task.look(FeatureNetwork(kept["network"], weights=feature_weights), kept["style"])
+    return task.to(map_location)
 
 
 def gram_matrix(features: Tensor) -> Tensor:
