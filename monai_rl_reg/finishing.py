@@ -21,6 +21,9 @@ from monai_rl_reg.geometry import (
     voxels_to_millimetres,
 )
 
+INVERSE_TOLERANCE = 5e-3
+"""Error that the inverse field may keep, in voxels of the moving image."""
+
 
 @dataclass(frozen=True)
 class Correspondence:
@@ -64,9 +67,9 @@ class Correspondence:
         """Carry world points (d, ...) from fixed to moving space."""
         return points + self.displacement.shift(points)
 
-    def back(self, points: Tensor) -> Tensor:
-        """Carry world points (d, ...) from moving to fixed space, by fixed-point iteration."""
-        return invert(self.steps, carry_back(self.initial, points))
+    def back(self, points: Tensor, *, tolerance: float = 1e-3) -> Tensor:
+        """Carry world points (d, ...) from moving to fixed space, by fixed-point iteration to this many mm."""
+        return invert(self.steps, carry_back(self.initial, points), tolerance=tolerance)
 
     def move(self, volume: MetaTensor, *, nearest: bool = False, initial_only: bool = False) -> MetaTensor:
         """Resample a volume of the moving image, (1, *moving), on the fixed image's grid, once; 0 outside it.
@@ -98,11 +101,12 @@ class Correspondence:
         d = len(shape)
         to_fixed = torch.linalg.inv(reduced(self.displacement.affine, d))
         size = torch.tensor(self.displacement.displacement.shape[1:], dtype=torch.float64).reshape(-1, *[1] * d)
+        tolerance = INVERSE_TOLERANCE * float(affine[:3, :d].norm(dim=0).min())
         v = torch.empty(d, *shape)
         total, count, largest = 0.0, 0, torch.nan
         for rows, index in slabs(shape):
             world = transform_points(reduced(affine, d), index)
-            came = self.back(world)
+            came = self.back(world, tolerance=tolerance)
             v[:, rows] = came - world
             voxel = transform_points(to_fixed, came)
             inside = ((voxel >= 0) & (voxel <= size - 1)).all(0)

@@ -54,8 +54,7 @@ def identity_grid(shape: Sequence[int]) -> Tensor:
 def transform_points(affine: Tensor, points: Tensor) -> Tensor:
     """Apply a (d+1, d+1) affine to points (d, ...)."""
     d = points.shape[0]
-    moved = affine[:d, :d] @ points.flatten(1) + affine[:d, d:]
-    return moved.reshape(points.shape)
+    return torch.addmm(affine[:d, d:], affine[:d, :d], points.flatten(1)).reshape(points.shape)
 
 
 def sample(image: Tensor, index: Tensor, *, mode: str = "bilinear", outside: str = "border") -> Tensor:
