@@ -65,7 +65,7 @@ BUNDLES = [
     Bundle("rl_inpainting", (3, 3), ("psnr", "ssim", "lpips"), "filled", {}),
     Bundle("rl_photo", (6, 3), ("psnr", "ssim", "lpips"), "photo", {}, wide=2),
     Bundle("rl_style", (9, 3), ("content", "style"), "stylised", STYLE),
-    Bundle("rl_video_style", (8, 5), ("content", "style"), "stylised", STYLE),
+    Bundle("rl_video_style", (11, 5), ("content", "style"), "stylised", STYLE),
 ]
 IMAGES, VIDEO = BUNDLES[:3], BUNDLES[3]
 

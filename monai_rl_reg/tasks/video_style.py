@@ -6,6 +6,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,9 +50,9 @@ class VideoStyleTask(StyleTask):
         temporal_weight: float = 10.0,
         flow: float = 4.0,
         noise: float = 0.02,
-        **kwargs: float,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(features, style, **kwargs)  # type: ignore[arg-type]
+        super().__init__(features, style, **kwargs)
         self.temporal_weight = temporal_weight
         self.flow = flow
         self.noise = noise
@@ -69,7 +71,9 @@ class VideoStyleTask(StyleTask):
         return state | {"step_memory": empty, "frame_memory": empty}
 
     def observe(self, state: State) -> Tensor:
-        """Return (content, stylised so far, step memory, frame memory), (B, 8, H, W)."""
+        """Return (content, stylised so far, step memory, frame memory), (B, 8, H, W), with ``guided`` the pull before
+        the memories, (B, 11, H, W).
+        """
         return torch.cat([super().observe(state), state["step_memory"], state["frame_memory"]], dim=1)
 
     def advance(self, state: State, action: Tensor) -> State:

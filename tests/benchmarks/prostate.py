@@ -52,7 +52,15 @@ POLICIES: dict[str, dict[str, Any]] = {
         "similarity_weight": 0.1,
         "dice_weight": 1.0,
     },
+    "policy, prostate seen": {
+        "similarity::_target_": "monai_rl_reg.similarity.MIND",
+        "smoothness_weight": 0.1,
+        "batch_size": 2,
+        "updates": 2,
+    },
 }
+SEEN = "policy, prostate seen"
+"""It goes by a U-Net that first learns the prostate in ultrasound and in MR alike."""
 METHODS = ["centres", "rigid and affine, mutual information", *POLICIES]
 
 
@@ -141,18 +149,23 @@ def train(name: str, cases: list[Case], fold: int, arguments: argparse.Namespace
                     writer.writerow(case.files)
     started = time.process_time()
     epochs = max(1, arguments.iterations // 50)
-    run(
-        run_id="training",
-        config_file=str(CONFIGS / "train.json"),
-        bundle_root=str(DEFAULT_BUNDLE),
-        pairs=f"{output}_train.csv",
-        val_pairs=f"{output}_held_out.csv",
-        output_dir=str(output),
-        max_epochs=epochs,
-        val_interval=epochs,  # the last weights are taken, not the best: the held-out cases choose nothing
-        epoch_length=min(50, arguments.iterations),
-        **(COMMON | POLICIES[name]),
-    )
+    common: dict[str, Any] = COMMON | {
+        "bundle_root": str(DEFAULT_BUNDLE),
+        "pairs": f"{output}_train.csv",
+        "val_pairs": f"{output}_held_out.csv",
+        "max_epochs": epochs,
+        "val_interval": epochs,  # the last weights are taken, not the best: the held-out cases choose nothing
+        "epoch_length": min(50, arguments.iterations),
+    }
+    configs, settings = [CONFIGS / "train.json"], POLICIES[name]
+    if name == SEEN:
+        configs.append(CONFIGS / "with_labels.json")
+        witness = f"{output}_seeing"
+        every = [str(path) for path in (*configs, CONFIGS / "anatomy.json")]
+        run(run_id="training", config_file=every, output_dir=witness, **common)
+        settings = settings | {"anatomy_ckpt": f"{witness}/checkpoint_final.pt"}
+    every = [str(path) for path in configs]
+    run(run_id="training", config_file=every, output_dir=str(output), **(common | settings))
     print(f"{name}, fold {fold}: trained for {time.process_time() - started:.0f} CPU s", flush=True)
     return output / "checkpoint_final.pt"
 
