@@ -93,7 +93,8 @@ class MovingToFixedGridd(Transform):
         grid_affine = fixed.affine.double().clone()
         grid_affine[:3, 3] += grid_affine[:3, :d] @ offset
 
-        fixed_on_grid = sample(fixed.as_tensor(), index.float())
+        whole = tuple(size) == tuple(fixed.shape[1:])
+        fixed_on_grid = fixed.as_tensor().float() if whole else sample(fixed.as_tensor(), index.float())
         given: WorldTransform | None = pair.get("initial")
         candidates = self._candidates(fixed, moving, pair) if given is None else [given]
         world = transform_points(reduced(fixed.affine.double(), d), index)
