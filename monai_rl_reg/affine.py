@@ -18,7 +18,7 @@ from monai_rl_reg.similarity import correlation, mutual_information
 
 logger = logging.getLogger(__name__)
 
-VOXELS = 30_000
+VOXELS = 60_000
 """About as many voxels has an image that the affine is found on."""
 GAIN = 0.02
 """A pair whose correlation no transform raises by this much counts as aligned already."""
