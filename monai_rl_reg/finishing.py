@@ -112,7 +112,7 @@ class Correspondence:
             inside = ((voxel >= 0) & (voxel <= size - 1)).all(0)
             if inside.any():
                 off = self.forth(came) - world
-                error = off.square().sum(0).sqrt()[inside]  # torch's norm takes ten times as long
+                error = off.square().sum(0).sqrt()[inside]  # torch's norm takes several times as long
                 total, count = total + float(error.sum()), count + len(error)
                 largest = max(float(error.max()), largest) if count > len(error) else float(error.max())
         return MetaTensor(v, affine=affine), total / count if count else float("nan"), float(largest)

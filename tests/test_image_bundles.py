@@ -196,6 +196,20 @@ def test_training_of_the_control_on_what_the_package_draws(
     assert torch.load(output / "checkpoint_final.pt", weights_only=True)["loss"]["updates"] == 2
 
 
+@named(BUNDLES[2:])
+def test_a_policy_without_guide_needs_no_feature_network_in_inference(
+    bundle: Bundle, features: dict[str, object], folders: Any, clip: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    short = {"max_epochs": 1, "guided": "false", "dataset_dir": folders[1], "output_dir": output}
+    run(bundle, "training", "train", **SMALL | features | short)
+    content = {"video": clip} if bundle is VIDEO else {"image": list_pictures(folders[1])[0]}
+    settings = content | {"ckpt": output / "model.pt", "steps": 1, "feature_weights": tmp_path / "none.pt"}
+    run(bundle, "run", "inference", output_dir=tmp_path / "out", guided="false", **settings)
+    assert any((tmp_path / "out").glob("stylised.*"))
+    assert "another architecture" in failure(bundle, "run", "inference", output_dir=tmp_path / "not", **settings)
+
+
 @named(BUNDLES)
 def test_training_resumes(
     bundle: Bundle,

@@ -43,6 +43,8 @@ COMMON: dict[str, Any] = {
     "fold_weight": 10.0,
     "reinforcement": False,
 }
+SEEN = "policy, prostate seen"
+"""It goes by a U-Net that first learns the prostate in ultrasound and in MR alike."""
 POLICIES: dict[str, dict[str, Any]] = {
     "policy, local NCC": {},
     "policy, mutual information": {"similarity::_target_": "monai_rl_reg.similarity.MutualInformation"},
@@ -52,15 +54,13 @@ POLICIES: dict[str, dict[str, Any]] = {
         "similarity_weight": 0.1,
         "dice_weight": 1.0,
     },
-    "policy, prostate seen": {
+    SEEN: {
         "similarity::_target_": "monai_rl_reg.similarity.MIND",
         "smoothness_weight": 0.1,
         "batch_size": 2,
         "updates": 2,
     },
 }
-SEEN = "policy, prostate seen"
-"""It goes by a U-Net that first learns the prostate in ultrasound and in MR alike."""
 METHODS = ["centres", "rigid and affine, mutual information", *POLICIES]
 
 
@@ -157,15 +157,13 @@ def train(name: str, cases: list[Case], fold: int, arguments: argparse.Namespace
         "val_interval": epochs,  # the last weights are taken, not the best: the held-out cases choose nothing
         "epoch_length": min(50, arguments.iterations),
     }
-    configs, settings = [CONFIGS / "train.json"], POLICIES[name]
+    configs, settings = [str(CONFIGS / "train.json")], common | POLICIES[name]
     if name == SEEN:
-        configs.append(CONFIGS / "with_labels.json")
-        witness = f"{output}_seeing"
-        every = [str(path) for path in (*configs, CONFIGS / "anatomy.json")]
-        run(run_id="training", config_file=every, output_dir=witness, **common)
-        settings = settings | {"anatomy_ckpt": f"{witness}/checkpoint_final.pt"}
-    every = [str(path) for path in configs]
-    run(run_id="training", config_file=every, output_dir=str(output), **(common | settings))
+        configs.append(str(CONFIGS / "with_labels.json"))
+        seeing = f"{output}_seeing"
+        run(run_id="training", config_file=[*configs, str(CONFIGS / "anatomy.json")], output_dir=seeing, **common)
+        settings["anatomy_ckpt"] = f"{seeing}/checkpoint_final.pt"
+    run(run_id="training", config_file=configs, output_dir=str(output), **settings)
     print(f"{name}, fold {fold}: trained for {time.process_time() - started:.0f} CPU s", flush=True)
     return output / "checkpoint_final.pt"
 
