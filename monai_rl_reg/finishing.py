@@ -111,7 +111,7 @@ class Correspondence:
             voxel = transform_points(to_fixed, came)
             inside = ((voxel >= 0) & (voxel <= size - 1)).all(0)
             if inside.any():
-                off = self.forth(came) - world
+                off = came - world + sample(self.displacement.displacement, voxel.float())
                 error = off.square().sum(0).sqrt()[inside]  # torch's norm takes several times as long
                 total, count = total + float(error.sum()), count + len(error)
                 largest = max(float(error.max()), largest) if count > len(error) else float(error.max())

@@ -195,13 +195,13 @@ def invert(transform: DenseTransform, points: Tensor, *, iterations: int = 60, t
         error = off.square().sum(0)
         better = error < best
         best, held = torch.where(better, error, best), torch.where(better, way, held)
-        keep = error > tolerance**2
-        left = int(keep.sum())
-        if left == 0:
+        open_ = (error > tolerance**2).nonzero().flatten()
+        if len(open_) == 0:
             break
         way = torch.sub(way, off, alpha=0.5 ** (3 * i // iterations))
-        if left < 0.8 * len(keep):  # else it costs more to leave them out
-            found[:, here[~keep]] = held[:, ~keep]
-            here, z, way, held, best = here[keep], z[:, keep], way[:, keep], held[:, keep], best[keep]
+        if len(open_) < 0.8 * len(error):  # else it costs more to leave the others out
+            found.index_copy_(1, here, held)  # those that go on are written again
+            here, best = here[open_], best[open_]
+            z, way, held = (x.index_select(1, open_) for x in (z, way, held))
     found[:, here] = held
     return points + found.to(points.dtype).reshape(points.shape)

@@ -51,7 +51,8 @@ class LoadCased(Transform):
         if "label" in case:
             label, case["file_of_label"] = case["label"], name_of(case["label"])
             case["label"] = read_label(label, case["image"], path, spatial_dims=self.spatial_dims)
-            case["values"] = [int(v) for v in torch.unique(case["label"].as_tensor()) if v > 0]
+            runs = torch.unique_consecutive(case["label"].as_tensor().flatten())  # far fewer to sort than voxels
+            case["values"] = [int(v) for v in torch.unique(runs) if v > 0]
         return case
 
 
@@ -111,9 +112,10 @@ class MovingToFixedGridd(Transform):
         pair["image"] = MetaTensor(torch.cat([fixed_on_grid, moving_on_grid]), affine=grid_affine)
         pair["initial"] = initial
         if "fixed_label" in pair:
+            fixed_label, moving_label = (pair.pop(f"{role}_label").as_tensor() for role in ("fixed", "moving"))
             labels = [
-                sample(pair.pop(f"{role}_label").as_tensor(), at, mode="nearest", outside="zeros")
-                for role, at in (("fixed", index.float()), ("moving", moving_index))
+                fixed_label.float() if whole else sample(fixed_label, index.float(), mode="nearest", outside="zeros"),
+                sample(moving_label, moving_index, mode="nearest", outside="zeros"),
             ]
             pair["label"] = MetaTensor(torch.cat(labels), affine=grid_affine)
         return pair

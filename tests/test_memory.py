@@ -1,0 +1,35 @@
+"""Memory that was freed is kept for what comes next."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, torch
+from monai_rl_reg.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def work():
+    volumes = [torch.ones(4_000_000) for _ in range(12)]  # 16 MB each
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    run = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_not_taken_anew() -> None:
+    usual, kept = faults("leave"), faults("keep")
+    assert usual > 1000  # each page is asked for again and again
+    assert kept < usual / 10
