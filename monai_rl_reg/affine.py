@@ -59,15 +59,15 @@ def align(fixed: MetaTensor, moving: MetaTensor, *, one_modality: bool = True) -
     f, m = (_coarse(image) for image in (fixed, moving))
     score = _Score(f, m, one_modality)
     identity = _rigid(d)
-    starts = [("identity", identity)]
+    starts: list[tuple[str, Any]] = [("identity", identity)]
     for operation in ("GEOMETRY", "MOMENTS"):
         mode = getattr(sitk.CenteredTransformInitializerFilter, operation)
         starts.append(("centre", _rigid(d, sitk.CenteredTransformInitializer(f, m, _rigid(d), mode))))
-    start = max((transform for _, transform in starts), key=score)
-    found = [*starts]
+    found = [(kind, transform, score(transform)) for kind, transform in starts]
+    start = max(found, key=lambda one: one[2])[1]
     rigid = _optimise(f, m, _rigid(d, start), one_modality, end=0.05)
     if rigid is not None:
-        found.append(("rigid", rigid))
+        found.append(("rigid", rigid, score(rigid)))
     affine = sitk.AffineTransform(d)
     base = rigid or start
     affine.SetMatrix(base.GetMatrix())
@@ -75,10 +75,9 @@ def align(fixed: MetaTensor, moving: MetaTensor, *, one_modality: bool = True) -
     affine.SetCenter(base.GetCenter())
     refined = _optimise(f, m, affine, one_modality, end=0.005)
     if refined is not None and _plausible(refined):
-        found.append(("affine", refined))
-    scores = [score(transform) for _, transform in found]
-    best = int(np.argmax(scores))
-    kind, kept = found[best if scores[best] > scores[0] + GAIN else 0]
+        found.append(("affine", refined, score(refined)))
+    best = max(found, key=lambda one: one[2])
+    kind, kept, _ = best if best[2] > found[0][2] + GAIN else found[0]
     before, after = (score.correlation(t) for t in (identity, kept))
     logger.info("initial transform: %s, correlation %.3f to %.3f", kind, before, after)
     matrix = torch.eye(4, dtype=torch.float64) if kind == "identity" else matrix_of(kept)

@@ -21,7 +21,7 @@ from monai_rl_reg.geometry import (
     voxels_to_millimetres,
 )
 
-INVERSE_TOLERANCE = 5e-3
+INVERSE_TOLERANCE = 1e-2
 """Error that the inverse field may keep, in voxels of the moving image."""
 
 
@@ -57,8 +57,7 @@ class Correspondence:
         # components in millimetres first, then resampled: voxel vectors of one grid mean nothing on another
         working = DenseTransform(voxels_to_millimetres(field.cpu().float(), grid_affine), grid_affine)
         w, u = torch.empty(len(shape), *shape), torch.empty(len(shape), *shape)
-        for rows, index in slabs(shape):
-            world = transform_points(reduced(affine, len(shape)), index)
+        for rows, world in slabs(reduced(affine, len(shape)), shape):
             shift = working.shift(world)
             w[:, rows], u[:, rows] = shift, carry(initial, world + shift) - world
         return cls(initial, DenseTransform(w, affine), DenseTransform(u, affine))
@@ -84,8 +83,7 @@ class Correspondence:
         to_moving = reduced(torch.linalg.inv(volume.affine.double()), d)
         source = volume.as_tensor().float()
         moved = torch.empty(1, *shape, dtype=label_dtype(source) if nearest else torch.float32)
-        for rows, index in slabs(shape):
-            world = transform_points(reduced(affine, d), index)
+        for rows, world in slabs(reduced(affine, d), shape):
             there = carry(self.initial, world) if initial_only else world + self.displacement.displacement[:, rows]
             landing = transform_points(to_moving, there).float()
             moved[:, rows] = sample(source, landing, mode=mode, outside="zeros").to(moved.dtype)
@@ -104,8 +102,7 @@ class Correspondence:
         tolerance = INVERSE_TOLERANCE * float(affine[:3, :d].norm(dim=0).min())
         v = torch.empty(d, *shape)
         total, count, largest = 0.0, 0, torch.nan
-        for rows, index in slabs(shape):
-            world = transform_points(reduced(affine, d), index)
+        for rows, world in slabs(reduced(affine, d), shape):
             came = self.back(world, tolerance=tolerance)
             v[:, rows] = came - world
             voxel = transform_points(to_fixed, came)
@@ -122,8 +119,8 @@ class Correspondence:
         affine, shape = self.displacement.affine, self.displacement.displacement.shape[1:]
         out = torch.empty(1, *shape)
         to_working = torch.linalg.inv(reduced(grid_affine.double(), len(shape))) @ reduced(affine, len(shape))
-        for rows, index in slabs(shape):
-            out[:, rows] = sample(deviation, transform_points(to_working, index).float())
+        for rows, index in slabs(to_working, shape):
+            out[:, rows] = sample(deviation, index.float())
         return MetaTensor(out, affine=affine)
 
 

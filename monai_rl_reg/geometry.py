@@ -51,6 +51,19 @@ def identity_grid(shape: Sequence[int]) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
+def grid_points(affine: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return where an affine (d+1, d+1) carries the voxel coordinates of a grid, (d, *shape), double precision.
+
+    Every direction adds its own share: no product of matrices, and no coordinates to begin with.
+    """
+    d, affine = len(shape), affine.double()
+    points = affine[:d, d].reshape(d, *[1] * d)
+    for axis, n in enumerate(shape):
+        share = affine[:d, axis, None] * torch.arange(n, dtype=torch.float64)
+        points = points + share.reshape(d, *[n if i == axis else 1 for i in range(d)])
+    return points
+
+
 def transform_points(affine: Tensor, points: Tensor) -> Tensor:
     """Apply a (d+1, d+1) affine to points (d, ...)."""
     d = points.shape[0]
@@ -113,15 +126,16 @@ def world_box(affine: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     return world.amin(1), world.amax(1)
 
 
-def slabs(shape: Sequence[int], most: int = 1_000_000) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a grid in slabs of at most ``most`` voxels (at least one layer), to bound the memory of work on it.
+def slabs(affine: Tensor, shape: Sequence[int], most: int = 1_000_000) -> Iterator[tuple[slice, Tensor]]:
+    """Yield :func:`grid_points` in slabs of at most ``most`` voxels (at least one layer), to bound the memory of work.
 
     Args:
+        affine: (d+1, d+1).
         shape: of the grid, d sizes.
         most: voxels.
 
     Yields:
-        the slab along the first axis, and its voxel coordinates (d, *slab), double precision.
+        the slab along the first axis, and its points (d, *slab), double precision.
     """
     layer = 1
     for n in shape[1:]:
@@ -129,9 +143,9 @@ def slabs(shape: Sequence[int], most: int = 1_000_000) -> Iterator[tuple[slice, 
     thick = max(1, most // layer)
     for start in range(0, shape[0], thick):
         stop = min(start + thick, shape[0])
-        index = identity_grid((stop - start, *shape[1:]))
-        index[0] += start
-        yield slice(start, stop), index
+        there = affine.double().clone()
+        there[:-1, -1] += start * there[:-1, 0]
+        yield slice(start, stop), grid_points(there, (stop - start, *shape[1:]))
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def mean_label_dice(moved: Tensor, fixed: Tensor, *, nested: bool = False) -> Te
 
 def folded_percent(displacement: Tensor) -> Tensor:
     """Percentage of voxels with a Jacobian determinant of zero or less, (B,), of a field (B, d, *spatial) in voxels."""
-    return 100 * (jacobian_determinant(displacement) <= 0).flatten(1).float().mean(1)
+    return folding(jacobian_determinant(displacement))[0]
 
 
 def log_jacobian_std(displacement: Tensor) -> Tensor:
@@ -63,7 +63,13 @@ def log_jacobian_std(displacement: Tensor) -> Tensor:
 
     Determinants are clamped to [1e-9, 1e9] first, as in the Learn2Reg evaluation.
     """
-    return jacobian_determinant(displacement).clamp(1e-9, 1e9).log().flatten(1).std(1, correction=0)
+    return folding(jacobian_determinant(displacement))[1]
+
+
+def folding(determinant: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`folded_percent` and :func:`log_jacobian_std`, (B,) each, of a Jacobian determinant (B, *spatial)."""
+    folded = 100 * (determinant <= 0).flatten(1).float().mean(1)
+    return folded, determinant.clamp(1e-9, 1e9).log().flatten(1).std(1, correction=0)
 
 
 def local_ncc(moved: Tensor, fixed: Tensor, kernel_size: int = 9) -> Tensor:

@@ -197,7 +197,7 @@ def _write(path: str | Path, data: np.ndarray, affine: Tensor, intent: int | Non
         file.header["intent_code"] = intent
     with replacing(path) as temporary:
         if temporary.suffix == ".gz":  # a tenth of the time that zlib takes over a field
-            with open(temporary, "wb") as raw, IGzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+            with open(temporary, "wb") as raw, IGzipFile("", "wb", 1, raw, mtime=0) as packed:
                 file.to_stream(packed)
         else:
             nib.save(file, temporary)

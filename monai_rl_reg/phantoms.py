@@ -13,7 +13,7 @@ import torch
 from monai.transforms.utils import create_rotate
 from torch import Tensor
 
-from monai_rl_reg.geometry import identity_grid, transform_points
+from monai_rl_reg.geometry import grid_points
 from monai_rl_reg.nifti import write_image
 
 INTENSITIES = (0.02, 0.45, 0.8, 0.15, 0.6)
@@ -70,7 +70,7 @@ def make_case(
     centre = torch.tensor([(n - 1) / 2 for n in shape], dtype=torch.float64)
     affine[:d, 3] = -affine[:d, :d] @ centre
     keep = [*range(d), 3]
-    world = transform_points(affine[keep][:, keep], identity_grid(shape))
+    world = grid_points(affine[keep][:, keep], shape)
 
     point = world / (0.5 * size)  # the anatomy fills [-1, 1]
     point = point + torch.stack([_waves(random, d, count=6, frequency=3.0, amplitude=0.07)(point) for _ in range(d)])

@@ -12,7 +12,8 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_rl_reg import __version__
-from monai_rl_reg.metrics import folded_percent, label_dice, log_jacobian_std
+from monai_rl_reg.geometry import jacobian_determinant
+from monai_rl_reg.metrics import folding, label_dice
 from monai_rl_reg.similarity import title
 
 MOST_FOLDED = 1.0
@@ -56,7 +57,8 @@ def field_figures(displacement: Tensor, affine: Tensor) -> dict[str, float]:
     """Return ``folded_percent`` and ``sdlogj`` of a field (d, *spatial) in RAS millimetres on a grid."""
     d = len(displacement)
     voxels = torch.tensordot(torch.linalg.inv(affine[:d, :d].double()).float(), displacement, dims=1)[None]
-    return {"folded_percent": float(folded_percent(voxels)), "sdlogj": float(log_jacobian_std(voxels))}
+    folded, deviation = folding(jacobian_determinant(voxels))
+    return {"folded_percent": float(folded), "sdlogj": float(deviation)}
 
 
 def warnings_about(quality: dict[str, Any]) -> list[str]:

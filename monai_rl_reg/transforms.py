@@ -12,14 +12,15 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.finishing import Correspondence
 from monai_rl_reg.geometry import (
     WorldTransform,
     carry,
+    grid_points,
     identity_grid,
     reduced,
     sample,
     transform_points,
-    voxels_to_millimetres,
     world_box,
 )
 from monai_rl_reg.nifti import name_of, read_image, read_label
@@ -90,15 +91,18 @@ class MovingToFixedGridd(Transform):
         d = fixed.ndim - 1
         size = pair.pop("spatial_size", None) or tuple(fixed.shape[1:])
         offset = torch.tensor([(n - m) // 2 for n, m in zip(fixed.shape[1:], size, strict=True)], dtype=torch.float64)
-        index = identity_grid(size) + offset.reshape(-1, *[1] * d)
         grid_affine = fixed.affine.double().clone()
         grid_affine[:3, 3] += grid_affine[:3, :d] @ offset
 
-        whole = tuple(size) == tuple(fixed.shape[1:])
-        fixed_on_grid = fixed.as_tensor().float() if whole else sample(fixed.as_tensor(), index.float())
+        def of_fixed(volume: Tensor, **how: Any) -> Tensor:
+            if tuple(size) == tuple(fixed.shape[1:]):
+                return volume.float()
+            return sample(volume, (identity_grid(size) + offset.reshape(-1, *[1] * d)).float(), **how)
+
+        fixed_on_grid = of_fixed(fixed.as_tensor())
         given: WorldTransform | None = pair.get("initial")
         candidates = self._candidates(fixed, moving, pair) if given is None else [given]
-        world = transform_points(reduced(fixed.affine.double(), d), index)
+        world = grid_points(reduced(grid_affine, d), size)
         to_moving = reduced(torch.linalg.inv(moving.affine.double()), d)
         best = None
         for initial in candidates:
@@ -113,10 +117,8 @@ class MovingToFixedGridd(Transform):
         pair["initial"] = initial
         if "fixed_label" in pair:
             fixed_label, moving_label = (pair.pop(f"{role}_label").as_tensor() for role in ("fixed", "moving"))
-            labels = [
-                fixed_label.float() if whole else sample(fixed_label, index.float(), mode="nearest", outside="zeros"),
-                sample(moving_label, moving_index, mode="nearest", outside="zeros"),
-            ]
+            how = {"mode": "nearest", "outside": "zeros"}
+            labels = [of_fixed(fixed_label, **how), sample(moving_label, moving_index, **how)]
             pair["label"] = MetaTensor(torch.cat(labels), affine=grid_affine)
         return pair
 
@@ -195,65 +197,18 @@ class FinishOnFixedGridd(Transform):
             out["image"].affine.double(),
             convert_to_tensor(out["initial"], track_meta=False).double(),
         )
-        index = identity_grid(fixed.shape[1:])
-        out["displacement"] = MetaTensor(
-            displacement_on_grid(
-                convert_to_tensor(out[self.displacement_key], track_meta=False),
-                grid_affine,
-                initial,
-                fixed.affine.double(),
-                index,
-            ),
-            affine=fixed.affine,
-        )
-        world = transform_points(reduced(fixed.affine.double(), d), index)
-        to_moving = reduced(torch.linalg.inv(moving.affine.double()), d)
-        landing = transform_points(to_moving, world + out["displacement"].as_tensor())
-        out["moved"] = MetaTensor(sample(moving.as_tensor(), landing, outside="zeros"), affine=fixed.affine)
+        field = convert_to_tensor(out[self.displacement_key], track_meta=False)
+        way = Correspondence.on_fixed_grid(field, grid_affine, initial, fixed)
+        out["displacement"] = MetaTensor(way.displacement.displacement, affine=fixed.affine)
+        out["moved"] = way.move(moving)
         if "moving_label_file" in out:
             label = read_label(out["moving_label_file"], moving, out["moving_file"], spatial_dims=d)
-
-            def moved_label(at: Tensor) -> MetaTensor:
-                values = sample(label.as_tensor(), at, mode="nearest", outside="zeros")
-                return MetaTensor(values.to(_label_dtype(label)), affine=fixed.affine)
-
-            out["moved_label"] = moved_label(landing)
+            out["moved_label"] = way.move(label, nearest=True)
             if "fixed_label_file" in out:
                 out["fixed_label"] = read_label(out["fixed_label_file"], fixed, out["fixed_file"], spatial_dims=d)
-                out["unmoved_label"] = moved_label(
-                    transform_points(to_moving, transform_points(reduced(initial, d), world))
-                )
+                out["unmoved_label"] = way.move(label, nearest=True, initial_only=True)
         return out
-
-
-def displacement_on_grid(
-    displacement: Tensor, grid_affine: Tensor, initial: WorldTransform, fixed_affine: Tensor, index: Tensor
-) -> Tensor:
-    """Resample a working field onto the fixed image's own grid, as one field in RAS millimetres.
-
-    Args:
-        displacement: u (d, *working), in voxels of the working grid.
-        grid_affine: (4, 4) affine of the working grid, A.
-        initial: world transform from fixed to moving space applied beforehand, T.
-        fixed_affine: (4, 4) affine of the fixed image.
-        index: voxel coordinates of the fixed image's grid, (d, *spatial).
-
-    Returns:
-        T(x + A u) - x at the world coordinate x of every voxel, (d, *spatial).
-    """
-    d = index.shape[0]
-    world = transform_points(reduced(fixed_affine, d), index)
-    on_working = transform_points(reduced(torch.linalg.inv(grid_affine), d), world)
-    millimetres = voxels_to_millimetres(displacement.to(index.dtype), grid_affine)
-    # components in millimetres first, then resampled: voxel vectors of one grid mean nothing on another
-    moved = world + sample(millimetres, on_working).to(index.dtype)
-    return carry(initial, moved) - world
 
 
 def _box(low: Tensor, high: Tensor) -> str:
     return " x ".join(f"{a:.0f}..{b:.0f}" for a, b in zip(low.tolist(), high.tolist(), strict=True)) + " mm"
-
-
-def _label_dtype(label: Tensor) -> torch.dtype:
-    top = int(label.max())
-    return torch.uint8 if top < 256 else torch.int16 if top < 2**15 else torch.int32

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from monai_rl_reg.geometry import (
     compose,
+    grid_points,
     identity_grid,
     jacobian_determinant,
     ras_to_lps,
     sample,
+    slabs,
     transform_points,
     voxels_to_millimetres,
     world_box,
@@ -110,6 +112,15 @@ def test_transform_points_is_the_homogeneous_product(size: tuple[int, ...]) -> N
     homogeneous = np.concatenate([points.numpy(), np.ones((1, *size))])
     expected = np.tensordot(affine.numpy(), homogeneous, axes=1)[: len(size)]
     torch.testing.assert_close(transform_points(affine, points), torch.from_numpy(expected))
+    torch.testing.assert_close(grid_points(affine, size), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_slabs_are_the_grid_in_pieces(size: tuple[int, ...]) -> None:
+    affine, (first, *rest) = oblique_affine(len(size)), size
+    pieces = list(slabs(affine, size, most=2 * math.prod(rest)))
+    assert [rows for rows, _ in pieces] == [slice(i, min(i + 2, first)) for i in range(0, first, 2)]
+    torch.testing.assert_close(torch.cat([points for _, points in pieces], dim=1), grid_points(affine, size))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
