@@ -16,6 +16,7 @@ from monai_rl_reg.geometry import (
     invert,
     reduced,
     sample,
+    shift,
     slabs,
     transform_points,
     voxels_to_millimetres,
@@ -58,8 +59,8 @@ class Correspondence:
         working = DenseTransform(voxels_to_millimetres(field.cpu().float(), grid_affine), grid_affine)
         w, u = torch.empty(len(shape), *shape), torch.empty(len(shape), *shape)
         for rows, world in slabs(reduced(affine, len(shape)), shape):
-            shift = working.shift(world)
-            w[:, rows], u[:, rows] = shift, carry(initial, world + shift) - world
+            step = working.shift(world)
+            w[:, rows], u[:, rows] = step, step + shift(initial, world + step)
         return cls(initial, DenseTransform(w, affine), DenseTransform(u, affine))
 
     def forth(self, points: Tensor) -> Tensor:
@@ -98,17 +99,17 @@ class Correspondence:
         affine, shape = moving.affine.double(), moving.shape[1:]
         d = len(shape)
         to_fixed = torch.linalg.inv(reduced(self.displacement.affine, d))
-        size = torch.tensor(self.displacement.displacement.shape[1:], dtype=torch.float64).reshape(-1, *[1] * d)
+        size = torch.tensor(self.displacement.displacement.shape[1:]).reshape(-1, *[1] * d)
         tolerance = INVERSE_TOLERANCE * float(affine[:3, :d].norm(dim=0).min())
         v = torch.empty(d, *shape)
         total, count, largest = 0.0, 0, torch.nan
         for rows, world in slabs(reduced(affine, d), shape):
             came = self.back(world, tolerance=tolerance)
             v[:, rows] = came - world
-            voxel = transform_points(to_fixed, came)
+            voxel = transform_points(to_fixed, came).float()
             inside = ((voxel >= 0) & (voxel <= size - 1)).all(0)
             if inside.any():
-                off = came - world + sample(self.displacement.displacement, voxel.float())
+                off = came - world + sample(self.displacement.displacement, voxel)
                 error = off.square().sum(0).sqrt()[inside]  # torch's norm takes several times as long
                 total, count = total + float(error.sum()), count + len(error)
                 largest = max(float(error.max()), largest) if count > len(error) else float(error.max())

@@ -178,6 +178,28 @@ def carry(transform: WorldTransform, points: Tensor) -> Tensor:
     return transform_points(reduced(transform.to(points.dtype), points.shape[0]), points)
 
 
+def shift(transform: WorldTransform, points: Tensor) -> Tensor:
+    """Return how far the transform carries world points (d, ...)."""
+    if isinstance(transform, DenseTransform):
+        return transform.shift(points)
+    affine = reduced(transform.to(points.dtype), points.shape[0])
+    return transform_points(affine - torch.eye(len(affine), dtype=affine.dtype), points)
+
+
+def landing(affine: Tensor, shape: Sequence[int], transform: WorldTransform, to_other: Tensor) -> Tensor:
+    """Return where a transform carries the voxels of a grid, in voxels of another one, (d, *shape), double precision.
+
+    Args:
+        affine: (d+1, d+1), of the grid.
+        shape: of the grid, d sizes.
+        transform: from the one image's space to the other's.
+        to_other: (d+1, d+1), from world coordinates to voxels of the other grid.
+    """
+    if isinstance(transform, DenseTransform):
+        return transform_points(to_other, carry(transform, grid_points(affine, shape)))
+    return grid_points(to_other @ reduced(transform.double(), len(shape)) @ affine, shape)
+
+
 def carry_back(transform: WorldTransform, points: Tensor) -> Tensor:
     """Return the points (d, ...) that the transform carries to these; a dense one by :func:`invert`."""
     if isinstance(transform, DenseTransform):

@@ -15,6 +15,7 @@ from monai.losses import LocalNormalizedCrossCorrelationLoss
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from monai_rl_reg.networks import PlannerActor, TwinCritic
 from monai_rl_reg.rollout import Transition
@@ -53,6 +54,9 @@ def _box_sum(x: Tensor, size: int) -> Tensor:
     return x
 
 
+_TARGETS: Any = WeakTensorKeyDictionary()
+
+
 class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss):
     """MONAI's local NCC loss with a rectangular window, by box sums: the same value, several times faster.
 
@@ -87,15 +91,27 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
         p, t = pred.float(), target.float()
         count = self.kernel_size**self.ndim
         p_sum, p2_sum, tp_sum = _BoxSum.apply(torch.stack([p, p * p, t * p]).flatten(0, 1), self.kernel_size).chunk(3)
-        t_sum, t2_sum = _BoxSum.apply(torch.stack([t, t * t]).flatten(0, 1), self.kernel_size).chunk(2)
+        t_sum, t_var = self._of_target(target)
         cross = tp_sum - p_sum * t_sum / count
-        t_var = (t2_sum - t_sum * t_sum / count).clamp(min=self.smooth_dr)
         p_var = (p2_sum - p_sum * p_sum / count).clamp(min=self.smooth_dr)
         # Cauchy-Schwarz bounds it by 1, but for the rounding of two nearly equal sums in flat regions
         ncc = ((cross * cross + self.smooth_nr) / (t_var * p_var)).clamp(max=1.0)
         if self.reduction == "mean":
             return -ncc.mean()
         return -ncc.sum() if self.reduction == "sum" else -ncc
+
+    def _of_target(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and variance in every window; kept while the target lives, as steps ask for the same fixed image."""
+        lasting = not (target.requires_grad or target.is_inference() or torch.is_inference_mode_enabled())
+        key = (target._version, self.kernel_size, self.smooth_dr) if lasting else None
+        if key is not None and (known := _TARGETS.get(target)) is not None and known[0] == key:
+            return known[1]
+        t = target.float()
+        t_sum, t2_sum = _BoxSum.apply(torch.stack([t, t * t]).flatten(0, 1), self.kernel_size).chunk(2)
+        found = t_sum, (t2_sum - t_sum * t_sum / self.kernel_size**self.ndim).clamp(min=self.smooth_dr)
+        if key is not None:
+            _TARGETS[target] = key, found
+        return found
 
 
 class SoftActorCriticLoss(nn.Module):

@@ -48,8 +48,8 @@ class Similarity(nn.Module, ABC):
     def value_and_pull(self, moved: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Return the similarity (B,) and its :meth:`pull`, in the time of the latter alone."""
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(moved.device.type, enabled=False):
-            image, goal = moved.detach().float().clone().requires_grad_(), fixed.detach().float().clone()
-            value = self(image, goal)
+            image = moved.detach().float().clone().requires_grad_()
+            value = self(image, fixed.clone() if fixed.is_inference() else fixed)
             (gain,) = torch.autograd.grad(value.sum(), image)
         edges = F.pad(moved.detach().float(), [1] * 2 * (moved.ndim - 2), mode="replicate")
         inside: Any = (..., *[slice(1, -1)] * (moved.ndim - 2))

@@ -84,7 +84,8 @@ def take_steps(
         curve.append({similarity.name: float(similarity(now["moved"], now["fixed"]))})
         for key, label in labels.items():
             if label is not None:
-                moved = warp(label[:, 1:].float(), field).round()
+                moved = label[:, 1:].float()
+                moved = warp(moved, field).round() if len(curve) > 1 else moved  # nothing has moved before
                 curve[-1][key] = float(mean_label_dice(moved, label[:, :1]).nan_to_num(0.0))
 
     for now in bundle.trajectory(image, 2 * bundle.steps if limit == "auto" else int(limit)):

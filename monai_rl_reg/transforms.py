@@ -15,12 +15,10 @@ from monai_rl_reg.errors import InputError
 from monai_rl_reg.finishing import Correspondence
 from monai_rl_reg.geometry import (
     WorldTransform,
-    carry,
-    grid_points,
     identity_grid,
+    landing,
     reduced,
     sample,
-    transform_points,
     world_box,
 )
 from monai_rl_reg.nifti import name_of, read_image, read_label
@@ -102,11 +100,10 @@ class MovingToFixedGridd(Transform):
         fixed_on_grid = of_fixed(fixed.as_tensor())
         given: WorldTransform | None = pair.get("initial")
         candidates = self._candidates(fixed, moving, pair) if given is None else [given]
-        world = grid_points(reduced(grid_affine, d), size)
         to_moving = reduced(torch.linalg.inv(moving.affine.double()), d)
         best = None
         for initial in candidates:
-            moving_index = transform_points(to_moving, carry(initial, world)).float()
+            moving_index = landing(reduced(grid_affine, d), size, initial, to_moving).float()
             moving_on_grid = sample(moving.as_tensor(), moving_index)
             score = self.measure(fixed_on_grid, moving_on_grid) if len(candidates) > 1 else 0.0
             if best is None or score > best[0] + 1e-6:

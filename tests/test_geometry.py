@@ -11,12 +11,16 @@ from monai.transforms.utils import create_rotate
 from torch import Tensor
 
 from monai_rl_reg.geometry import (
+    DenseTransform,
+    carry,
     compose,
     grid_points,
     identity_grid,
     jacobian_determinant,
+    landing,
     ras_to_lps,
     sample,
+    shift,
     slabs,
     transform_points,
     voxels_to_millimetres,
@@ -203,6 +207,22 @@ def test_millimetres_of_an_oblique_grid_by_hand() -> None:
     displacement = torch.tensor([1.0, 0.0]).reshape(2, 1, 1)
     expected = torch.tensor([2 * cosine, 2 * sine]).reshape(2, 1, 1)
     torch.testing.assert_close(voxels_to_millimetres(displacement, affine), expected)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_shift_and_landing_are_where_the_transform_carries(size: tuple[int, ...], dense: bool) -> None:
+    affine, to_other = oblique_affine(len(size)), affine_near_identity(len(size))
+    d = len(size)
+    of_file, motion = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    of_file[:d, :d], of_file[:d, 3] = affine[:d, :d], affine[:d, d]
+    motion[:3] += 0.1 * torch.rand(3, 4)
+    transform = DenseTransform(torch.randn(d, *size), of_file) if dense else motion
+    world = grid_points(affine, size)
+    carried = carry(transform, world)
+    torch.testing.assert_close(world + shift(transform, world), carried)
+    expected = transform_points(to_other, carried)
+    torch.testing.assert_close(landing(affine, size, transform, to_other), expected)
 
 
 @pytest.mark.parametrize("size", SIZES)

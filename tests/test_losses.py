@@ -49,6 +49,34 @@ def test_box_ncc_of_half_precision_is_computed_in_full() -> None:
     assert torch.equal(loss(pred, target), loss(pred.float(), target.float()))
 
 
+def test_box_ncc_keeps_what_it_summed_of_a_target_until_the_target_changes() -> None:
+    loss = BoxLocalNormalizedCrossCorrelationLoss(2, 5)
+    pred, target = torch.rand(2, 1, 1, 12, 12)
+    first = loss(pred, target)
+    assert torch.equal(loss(pred, target), first)
+    assert torch.equal(loss(pred, target.clone()), first)
+    target[..., 6:] = pred[..., 6:]
+    changed = loss(pred, target)
+    assert changed < first
+    assert torch.equal(changed, loss(pred, target.clone()))
+    other = BoxLocalNormalizedCrossCorrelationLoss(2, 3)(pred, target)
+    assert torch.equal(other, BoxLocalNormalizedCrossCorrelationLoss(2, 3)(pred, target.clone()))
+
+
+def test_box_ncc_keeps_nothing_that_a_gradient_cannot_pass() -> None:
+    loss = BoxLocalNormalizedCrossCorrelationLoss(2, 5)
+    pred, target = torch.rand(2, 1, 1, 12, 12)
+    with torch.inference_mode():
+        expected = loss(pred, target)
+    pred.requires_grad_()
+    loss(pred, target).backward()
+    target.requires_grad_()
+    found = loss(pred, target)
+    found.backward()
+    assert torch.equal(found, expected)
+    assert target.grad is not None
+
+
 def test_box_ncc_refuses_images_of_different_shape() -> None:
     with pytest.raises(ValueError, match="one shape"):
         BoxLocalNormalizedCrossCorrelationLoss(2)(torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 9))
