@@ -11,7 +11,7 @@ from pathlib import Path
 
 from monai_rl_reg import __version__
 from monai_rl_reg.errors import find_input_error
-from monai_rl_reg.memory import keep_freed_memory
+from monai_rl_reg.memory import keep_freed_memory, quick_imports
 
 DESCRIPTION = """\
 Register a MOVING image to a FIXED one: find where each point of the fixed image lies in the moving one.
@@ -154,7 +154,8 @@ def _check(top: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from monai_rl_reg.judge import calibrate  # torch and MONAI take seconds: not for --help
+    with quick_imports():  # torch and MONAI take seconds: not for --help
+        from monai_rl_reg.judge import calibrate
 
     judge = calibrate(
         args.pairs, args.ckpt, witness=args.witness, bundle=args.bundle, device=args.device, progress=not args.quiet
@@ -164,9 +165,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _register(args: argparse.Namespace) -> int:
-    from monai_rl_reg.registration import Registrar  # torch and MONAI take seconds: not for --help
-    from monai_rl_reg.request import Options, Pair
-    from monai_rl_reg.similarity import title
+    with quick_imports():  # torch and MONAI take seconds: not for --help
+        from monai_rl_reg.registration import Registrar
+        from monai_rl_reg.request import Options, Pair
+        from monai_rl_reg.similarity import title
 
     options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial)
     pair = Pair.read(
@@ -195,9 +197,10 @@ def _register(args: argparse.Namespace) -> int:
 
 
 def _register_pairs(args: argparse.Namespace) -> int:
-    from monai_rl_reg.batch import register_pairs
-    from monai_rl_reg.registration import Registrar
-    from monai_rl_reg.request import Options
+    with quick_imports():
+        from monai_rl_reg.batch import register_pairs
+        from monai_rl_reg.registration import Registrar
+        from monai_rl_reg.request import Options
 
     options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial)
     registrar = Registrar(bundle=args.bundle, ckpt=args.ckpt, device=args.device)

@@ -33,3 +33,36 @@ def test_freed_memory_is_not_taken_anew() -> None:
     usual, kept = faults("leave"), faults("keep")
     assert usual > 1000  # each page is asked for again and again
     assert kept < usual / 10
+
+
+def test_imports_leave_nothing_to_the_collector() -> None:
+    program = """
+import gc
+from monai_rl_reg.memory import quick_imports
+before = [s["collections"] for s in gc.get_stats()]
+with quick_imports():
+    assert not gc.isenabled()
+    import monai_rl_reg.registration
+assert [s["collections"] for s in gc.get_stats()] == before
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+frozen = gc.get_freeze_count()
+with quick_imports():
+    assert gc.isenabled()
+assert gc.get_freeze_count() <= frozen
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_collector_goes_on_after_an_import_that_fails() -> None:
+    program = """
+import gc
+from monai_rl_reg.memory import quick_imports
+try:
+    with quick_imports():
+        import monai_rl_reg.nowhere
+except ImportError:
+    assert gc.isenabled()
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -61,6 +61,15 @@ def test_any_similarity_can_pull(similarity: Similarity) -> None:
     assert (after > before).all()
 
 
+def test_state_keeps_the_similarity_of_what_it_shows() -> None:
+    image = torch.cat([textured_pair((12, 10, 11)), torch.full((1, 2, 12, 10, 11), 0.5)])  # one gains, one does not
+    task = RegistrationTask(3, field_stride=2, relax=1)
+    after = relaxed(task, image)
+    torch.testing.assert_close(after["similarity"], task.similarity(after["moved"], after["fixed"]))
+    task.relax = 0
+    assert "similarity" not in task.advance(after, torch.ones_like(after["displacement"]))
+
+
 def test_without_it_a_step_is_the_action_alone() -> None:
     assert not relaxed(RegistrationTask(3), textured_pair((12, 10, 11)))["displacement"].any()
 

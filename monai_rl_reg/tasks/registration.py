@@ -234,7 +234,8 @@ class RegistrationTask(Task):
         else:  # together, in 0.7 of the time
             moved = self.warp(torch.cat([state["moving"], state["moving_anatomy"]], dim=1), field)
             after["moved"], after["moved_anatomy"] = moved[:, :1], moved[:, 1:]
-        after.pop("score", None)  # was that of another displacement
+        for key in ("score", "similarity"):  # were those of another displacement
+            after.pop(key, None)
         return after
 
     def _relaxed(self, state: State) -> State:
@@ -253,11 +254,12 @@ class RegistrationTask(Task):
             kernel = gaussian_1d(torch.tensor(RELAXED_SIGMA, device=pull.device))
             displacement = separable_filtering(displacement, [kernel] * self.spatial_dims, "replicate")
             after = self._displaced(state, displacement)
-            gain = self.similarity(after["moved"], state["fixed"]) - before
+            relaxed = self.similarity(after["moved"], state["fixed"])
             cost = self._roughness(displacement) - self._roughness(state["displacement"].float())
-            better = (gain > self.smoothness_weight * cost).reshape(typical.shape)
+            better = relaxed - before > self.smoothness_weight * cost
         for key in {"displacement", "moved", "moved_anatomy"} & after.keys():
-            after[key] = torch.where(better, after[key], state[key])
+            after[key] = torch.where(better.reshape(typical.shape), after[key], state[key])
+        after["similarity"] = torch.where(better, relaxed, before)
         return after
 
     def _roughness(self, displacement: Tensor) -> Tensor:
