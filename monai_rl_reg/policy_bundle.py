@@ -158,25 +158,17 @@ class PolicyBundle:
         return checked
 
     @torch.no_grad()
-    def seen(self, state: State) -> Tensor | None:
-        """Return the labels that networks see in the images of a state of the task, (1, 2, *spatial), int32.
+    def see(self, image: Tensor) -> Tensor:
+        """Return the labels that the witness sees in an image, (1, *spatial) both.
 
-        Those of the judge's witness, else of the policy itself, which has looked already; None where there is neither.
+        Raises:
+            ValueError: if there is no witness.
         """
-        witness = self.witness
-        if witness is None:
-            return None
-        own: Any = getattr(self.task, "anatomy", None)
-        found = []
-        for role in ("fixed", "moving"):
-            if witness is own:
-                structures = state[f"{role}_anatomy"]
-                scores = torch.cat([1 - structures.sum(1, keepdim=True), structures], dim=1)
-            else:
-                with quick_convolutions(self.device, half=self.inferer.half):
-                    scores = witness(state[role])
-            found.append(scores.argmax(1, keepdim=True).int())
-        return torch.cat(found, dim=1)
+        if self.witness is None:
+            raise ValueError("expected a bundle with a judge, or trained with labels: this one sees no structures")
+        with quick_convolutions(self.device, half=self.inferer.half):
+            scores = self.witness(image[None].to(self.device, torch.float32))
+        return scores.argmax(1).to(image)
 
     def _training(self) -> list[Path]:
         names = ["train.json", WITH_LABELS] if self.sees else ["train.json"]

@@ -36,7 +36,7 @@ class Steps:
     Attributes:
         history: displacement (d, *working) in working voxels after 0, 1, ... steps, then after the refinement.
         curve: the similarity of each under its name and, with labels, ``dice``; if the policy or its judge's witness
-            sees structures, ``seen_dice``, by what it saw in both images before the first step.
+            sees structures, ``seen_dice``, by what it saw in each of the two images by itself.
         taken: number of steps.
         refinement: its figures, if there was one.
     """
@@ -68,26 +68,24 @@ def take_steps(
         tick: called after each step.
     """
     image = working.image.as_tensor()[None]
-    labels = {"dice": None if working.label is None else working.label[None].to(bundle.device)}
+    maps = {"dice": working.label, "seen_dice": working.seen}
+    labels = {key: x[None].to(bundle.device) for key, x in maps.items() if x is not None}
     similarity = bundle.similarity
-    measure, least = (similarity.name, similarity.gain) if bundle.witness is None else ("seen_dice", GAIN)
+    measure, least = (similarity.name, similarity.gain) if working.seen is None else ("seen_dice", GAIN)
     warp = Warp("nearest", "border")
     history: list[Tensor] = []
     curve: list[dict[str, float]] = []
     state: State = {}
 
     def note(now: State) -> None:
-        if not curve:
-            labels["seen_dice"] = bundle.seen(now)
         field = bundle.task.output(now)
         history.append(field[0].cpu())
         known = now.get("similarity")  # to a relaxation
         curve.append({similarity.name: float(similarity(now["moved"], now["fixed"]) if known is None else known)})
         for key, label in labels.items():
-            if label is not None:
-                moved = label[:, 1:].float()
-                moved = warp(moved, field).round() if len(curve) > 1 else moved  # nothing has moved before
-                curve[-1][key] = float(mean_label_dice(moved, label[:, :1]).nan_to_num(0.0))
+            moved = label[:, 1:].float()
+            moved = warp(moved, field).round() if len(curve) > 1 else moved  # nothing has moved before
+            curve[-1][key] = float(mean_label_dice(moved, label[:, :1]).nan_to_num(0.0))
 
     for now in bundle.trajectory(image, 2 * bundle.steps if limit == "auto" else int(limit)):
         note(now)

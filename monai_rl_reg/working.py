@@ -12,12 +12,14 @@ from monai.utils import ImageMetaKey
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.geometry import WorldTransform, carry, reduced, world_box
+from monai_rl_reg.geometry import WorldTransform, carry, reduced, transform_points, world_box
 from monai_rl_reg.nifti import name_of
 from monai_rl_reg.policy_bundle import PolicyBundle
 
 MOST_VOXELS = 3_000_000
 """A working grid of more voxels would take too much memory: it gets a coarser spacing instead."""
+MARGIN = 8
+"""Voxels of the moving image beyond the fixed one's box that its witness looks at too."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,14 @@ class WorkingPair:
     Attributes:
         image: (2, *working), fixed and moving with the initial transform applied.
         label: likewise, if both images have a label.
+        seen: likewise, what the bundle's witness sees in each image by itself: not in the moving one as it was
+            resampled, which is blurred, cut off, and goes on as its edge does.
         coarsened: whether the grid is coarser than the bundle's settings say, to save memory.
     """
 
     image: MetaTensor
     label: Tensor | None
+    seen: Tensor | None
     coarsened: bool
 
     @classmethod
@@ -70,9 +75,14 @@ class WorkingPair:
             pair[role], pair[f"{role}_file"] = case["image"], name_of(image)
             if labelled:
                 pair[f"{role}_label"] = case["label"]
+        witnessed = bundle.witness is not None
+        if witnessed:
+            _witness(bundle, pair, initial)
         made = bundle.preprocessing(pair)
-        label = made["label"].as_tensor() if labelled else None
-        return cls(made["image"], label, spacing is not None)
+        maps = made["label"].as_tensor().unflatten(0, (2, -1)) if labelled or witnessed else None
+        label = maps[:, 0] if maps is not None and labelled else None
+        seen = maps[:, -1] if maps is not None and witnessed else None
+        return cls(made["image"], label, seen, spacing is not None)
 
     def description(self) -> dict[str, Any]:
         """Return shape, spacing in mm, and whether it was coarsened, for the quality figures."""
@@ -83,6 +93,24 @@ class WorkingPair:
             "spacing_mm": [round(float(s), 4) for s in spacing],
             "coarsened_to_save_memory": self.coarsened,
         }
+
+
+def _witness(bundle: PolicyBundle, pair: dict[str, Any], initial: WorldTransform) -> None:
+    """Add what is seen in each image to its label, as the last channel; in the moving one where the fixed one lies."""
+    fixed, moving = pair["fixed"], pair["moving"]
+    d = fixed.ndim - 1
+    corners = torch.cartesian_prod(*(torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in fixed.shape[1:]))
+    there = carry(initial, transform_points(reduced(fixed.affine.double(), d), corners.T.reshape(d, -1)))
+    there = transform_points(torch.linalg.inv(reduced(moving.affine.double(), d)), there)
+    low = (there.amin(1) - MARGIN).clamp(min=0).minimum(torch.tensor(moving.shape[1:]) - 1)
+    high = (there.amax(1) + MARGIN).maximum(low)
+    box = [slice(int(a), int(b) + 1) for a, b in zip(low, high, strict=True)]
+    for role, part in (("fixed", (...,)), ("moving", (slice(None), *box))):
+        image = pair[role].as_tensor()
+        seen = torch.zeros_like(image)
+        seen[part] = bundle.see(image[part])
+        labels = [pair[f"{role}_label"].as_tensor(), seen] if f"{role}_label" in pair else [seen]
+        pair[f"{role}_label"] = MetaTensor(torch.cat(labels), affine=pair[role].affine)
 
 
 def _check_overlap(fixed: MetaTensor, moving: MetaTensor, initial: WorldTransform) -> None:

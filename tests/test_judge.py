@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.data import MetaTensor
+from torch import Tensor
 
 from monai_rl_reg.checkpoints import load_checkpoint
 from monai_rl_reg.command_line import main
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.geometry import grid_points, reduced, sample
 from monai_rl_reg.judge import NEAREST, WIDER, Judge, calibrate, load_judge
+from monai_rl_reg.nifti import read_image
+from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE, PolicyBundle
 from monai_rl_reg.quality import warnings_about
 from monai_rl_reg.registration import register
+from monai_rl_reg.working import MARGIN, WorkingPair
 
 
 def write_pairs(path: Path, cohort: Path, count: int, *, labels: bool = True) -> Path:
@@ -101,6 +107,59 @@ def test_a_policy_that_sees_is_its_own_witness(cohort: Path, trained_with_labels
     loaded = load_judge(str(ckpt), 3)
     assert loaded is not None
     assert torch.equal(loaded.seen, judge.seen)
+
+
+@pytest.fixture
+def witnessed(cohort: Path) -> tuple[PolicyBundle, MetaTensor, MetaTensor]:
+    """The bundle's weights without labels, which have a witness, and two images."""
+    bundle = PolicyBundle(ckpt=DEFAULT_BUNDLE / "models" / "model_without_labels.pt", device="cpu")
+    files = [str(cohort / "imagesTr" / f"phantom_{i:03d}.nii.gz") for i in (0, 1)]
+    fixed, moving = (read_image(file) for file in files)
+    return bundle, fixed, moving
+
+
+def test_the_witness_sees_each_image_as_it_was_given(
+    witnessed: tuple[PolicyBundle, MetaTensor, MetaTensor],
+) -> None:
+    bundle, fixed, moving = witnessed
+    initial = torch.eye(4, dtype=torch.float64)
+    initial[:3, 3] = torch.tensor([2.5, -1.5, 0.5])
+    labels = [MetaTensor(torch.ones_like(x.as_tensor()), affine=x.affine) for x in (fixed, moving)]
+    working = WorkingPair.make(bundle, fixed, moving, None, None, initial)
+    labelled = WorkingPair.make(bundle, fixed, moving, *labels, initial)
+    cases = [bundle.case_transform({"image": image})["image"] for image in (fixed, moving)]
+    seen = [bundle.see(case.as_tensor()) for case in cases]
+    assert all(len(x.unique()) > 1 for x in seen)
+    assert working.seen is not None
+    assert working.label is None
+    assert torch.equal(working.seen[:1], seen[0])
+    to_moving = torch.linalg.inv(cases[1].affine.double()) @ initial @ working.image.affine.double()
+    index = grid_points(reduced(to_moving, 3), working.image.shape[1:]).float()
+    assert torch.equal(working.seen[1:], sample(seen[1], index, mode="nearest", outside="zeros"))
+    assert labelled.seen is not None
+    assert labelled.label is not None
+    assert torch.equal(labelled.seen, working.seen)
+    assert labelled.label[0].all(), "the labels that are given stay apart"
+
+
+def test_the_witness_looks_at_a_large_image_only_where_the_other_one_lies(
+    witnessed: tuple[PolicyBundle, MetaTensor, MetaTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, fixed, moving = witnessed
+    volume = moving.as_tensor()
+    large = MetaTensor(torch.cat([volume] * 4, dim=1), affine=moving.affine)
+    shapes: list[tuple[int, ...]] = []
+
+    def see(image: Tensor) -> Tensor:
+        shapes.append(tuple(image.shape[1:]))
+        return torch.ones_like(image)
+
+    monkeypatch.setattr(bundle, "see", see)
+    working = WorkingPair.make(bundle, fixed, large, None, None, torch.eye(4, dtype=torch.float64))
+    assert shapes[0] == tuple(fixed.shape[1:])
+    assert all(n <= m + 2 * MARGIN + 1 for n, m in zip(shapes[1], fixed.shape[1:], strict=True))
+    assert working.seen is not None
+    assert working.seen.all()
 
 
 def test_without_a_judge_nothing_is_expected(cohort: Path, trained: Path) -> None:
