@@ -61,11 +61,11 @@ class StepwiseInferer(Inferer):
         self.history = [self.task.output(state) for state in self.trajectory(inputs, network)]
         return self.history[-1]
 
-    def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
-        """Yield the first state and the state after every step."""
+    def trajectory(self, inputs: Tensor, network: nn.Module, **known: Tensor) -> Iterator[State]:
+        """Yield the first state and the state after every step; ``known`` is what more the task's ``reset`` takes."""
         self.task.eval()
         with quick_convolutions(inputs.device, half=self.half):
-            state = self.task.reset(convert_to_tensor(inputs, track_meta=False))
+            state = self.task.reset(convert_to_tensor(inputs, track_meta=False), **known)
         yield state
         yield from follow(  # type: ignore[misc]
             network,  # type: ignore[arg-type]
@@ -143,8 +143,8 @@ class FramewiseInferer(StepwiseInferer):
         self.before = frame, result
         return result
 
-    def trajectory(self, inputs: Tensor, network: nn.Module) -> Iterator[State]:
+    def trajectory(self, inputs: Tensor, network: nn.Module, **known: Tensor) -> Iterator[State]:
         """Yield the first state, with what was carried on, and the state after every step."""
-        state = self.task.reset(convert_to_tensor(inputs, track_meta=False)) | self.carried
+        state = self.task.reset(convert_to_tensor(inputs, track_meta=False), **known) | self.carried
         yield state
         yield from follow(network, self.task, state, self.steps)  # type: ignore[arg-type]

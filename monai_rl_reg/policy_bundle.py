@@ -71,6 +71,7 @@ class PolicyBundle:
     Whatever the configuration's ``run`` does before it runs the evaluator is done here: loading the weights.
 
     Attributes:
+        anatomy: sees structures in the images for the policy, where it was trained with labels.
         judge: tells what Dice to expect, where the checkpoint has one.
         witness: sees structures in the images, by which the judge judges: its own, else the policy's, if it has any.
 
@@ -114,8 +115,9 @@ class PolicyBundle:
         except Exception as error:
             raise find_input_error(error) or error from error
         self.judge = None if judge is None else judge.to(self.device)
-        own = getattr(self.task, "anatomy", None)
-        self.witness: Anatomy | None = judge.witness if judge is not None and judge.witness is not None else own
+        self.anatomy: Anatomy | None = getattr(self.task, "anatomy", None)
+        kept = None if self.judge is None else self.judge.witness
+        self.witness: Anatomy | None = self.anatomy if kept is None else kept
         self.pixdim = parser.get("pixdim")
 
     @property
@@ -131,7 +133,7 @@ class PolicyBundle:
     @property
     def sees(self) -> bool:
         """Whether the policy sees structures by itself: it was trained with labels."""
-        return getattr(self.task, "anatomy", None) is not None
+        return self.anatomy is not None
 
     def keep_spacing(self) -> Callable[[Any], Any]:
         """Return the case transform without its change of the voxel size: for images brought to one beforehand."""
@@ -158,27 +160,36 @@ class PolicyBundle:
         return checked
 
     @torch.no_grad()
-    def see(self, image: Tensor) -> Tensor:
-        """Return the labels that the witness sees in an image, (1, *spatial) both.
+    def see(self, network: Anatomy, image: Tensor) -> Tensor:
+        """Return the probabilities (1 + K, *spatial) of background and structures, as a network sees an image.
 
-        Raises:
-            ValueError: if there is no witness.
+        Args:
+            network: :attr:`anatomy` or :attr:`witness`.
+            image: (1, *spatial).
         """
-        if self.witness is None:
-            raise ValueError("expected a bundle with a judge, or trained with labels: this one sees no structures")
         with quick_convolutions(self.device, half=self.inferer.half):
-            scores = self.witness(image[None].to(self.device, torch.float32))
-        return scores.argmax(1).to(image)
+            seen: Tensor = network(image[None].to(self.device, torch.float32))
+        return seen[0].to(image)
 
     def _training(self) -> list[Path]:
         names = ["train.json", WITH_LABELS] if self.sees else ["train.json"]
         return [self.folder / "configs" / name for name in names]
 
-    def trajectory(self, image: Tensor, steps: int, *, sample: bool = False) -> Iterator[State]:
-        """Yield the first state and that after every step, of images (1, 2, *spatial), fixed and moving."""
+    def trajectory(
+        self, image: Tensor, steps: int, *, structures: Tensor | None = None, sample: bool = False
+    ) -> Iterator[State]:
+        """Yield the first state and that after every step.
+
+        Args:
+            image: (1, 2, *spatial), fixed and moving.
+            steps: how many.
+            structures: (1, 2, K, *spatial), what :attr:`anatomy` sees in each, if it has looked at them already.
+            sample: draw the plans instead of taking their mode.
+        """
         inferer = copy.copy(self.inferer)
         inferer.steps, inferer.sample = steps, sample
-        yield from inferer.trajectory(image.to(self.device), self.network)
+        known = {} if structures is None else {"structures": structures.to(self.device)}
+        yield from inferer.trajectory(image.to(self.device), self.network, **known)
 
     def version(self) -> str:
         """Return the bundle's name and version, as its metadata has them."""

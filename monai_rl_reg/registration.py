@@ -14,19 +14,18 @@ from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from monai_rl_reg.affine import align
 from monai_rl_reg.errors import find_input_error
 from monai_rl_reg.finishing import Correspondence
 from monai_rl_reg.folders import replacing_folder
-from monai_rl_reg.geometry import WorldTransform
-from monai_rl_reg.itk_bridge import read_transform, write_transform
+from monai_rl_reg.initial import initial_transform
+from monai_rl_reg.itk_bridge import write_transform
 from monai_rl_reg.landmarks import Landmarks
 from monai_rl_reg.nifti import name_of, write_displacement, write_image
 from monai_rl_reg.policy_bundle import PolicyBundle, policy_files
 from monai_rl_reg.quality import dice_figures, field_figures, plain, versions, warnings_about
 from monai_rl_reg.request import Options, Pair
-from monai_rl_reg.stepping import alignment_helps, deviation, take_steps
-from monai_rl_reg.working import WorkingPair
+from monai_rl_reg.stepping import deviation, take_steps
+from monai_rl_reg.working import GivenPair
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +165,10 @@ class Registrar:
         options = options or Options()
         started = time.monotonic()
         bundle = self.bundle(pair.fixed.ndim - 1)
-        initial, kind = self._initial(bundle, pair, options)
         try:
-            working = WorkingPair.make(bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label, initial)
+            given = GivenPair(bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label)
+            initial, kind = initial_transform(given, options.initial)
+            working = given.onto_fixed(initial)
         except Exception as error:
             raise find_input_error(error) or error from error
         limit = bundle.steps if options.steps is None else options.steps
@@ -223,21 +223,6 @@ class Registrar:
             history=steps.history,
             curve=steps.curve,
         )
-
-    def _initial(self, bundle: PolicyBundle, pair: Pair, options: Options) -> tuple[WorldTransform, dict[str, Any]]:
-        if isinstance(options.initial, Tensor):
-            return options.initial.double(), {"kind": "given"}
-        if options.initial == "auto":
-            found = align(pair.fixed, pair.moving, one_modality=bundle.similarity.one_modality)
-            before, after = round(found.correlation_before, 6), round(found.correlation_after, 6)
-            if found.kind == "identity" or alignment_helps(bundle, pair.fixed, pair.moving, found.transform):
-                figures = {"correlation_before": before, "correlation_after": after}
-                return found.transform, {"kind": found.kind} | figures
-            figures = {"correlation_before": before, "correlation_after": before}
-            return torch.eye(4, dtype=torch.float64), {"kind": "identity", "given_up": found.kind} | figures
-        if options.initial in (None, "none"):
-            return torch.eye(4, dtype=torch.float64), {"kind": "none"}
-        return read_transform(Path(str(options.initial)), pair.fixed), {"kind": "file", "file": str(options.initial)}
 
 
 def register(

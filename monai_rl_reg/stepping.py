@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import WorldTransform, voxels_to_millimetres
 from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.policy_bundle import PolicyBundle
-from monai_rl_reg.quality import LEAST_SEEN
 from monai_rl_reg.refinement import PROXIMITY, refine
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.warping import Warp
@@ -22,11 +19,6 @@ from monai_rl_reg.working import WorkingPair
 
 GAIN = 5e-3
 """Dice of seen structures that a step must gain for another one to follow, when the steps stop by themselves."""
-
-
-TRIAL_STEPS = 2
-TRIAL_GAIN = 0.02
-"""Dice of seen structures by which an alignment must be ahead after these steps to be of use."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,6 @@ def take_steps(
         refine_seconds: most wall time of the refinement; 0 for none.
         tick: called after each step.
     """
-    image = working.image.as_tensor()[None]
     maps = {"dice": working.label, "seen_dice": working.seen}
     labels = {key: x[None].to(bundle.device) for key, x in maps.items() if x is not None}
     similarity = bundle.similarity
@@ -87,7 +78,7 @@ def take_steps(
             moved = warp(moved, field).round() if len(curve) > 1 else moved  # nothing has moved before
             curve[-1][key] = float(mean_label_dice(moved, label[:, :1]).nan_to_num(0.0))
 
-    for now in bundle.trajectory(image, 2 * bundle.steps if limit == "auto" else int(limit)):
+    for now in _trajectory(bundle, working, 2 * bundle.steps if limit == "auto" else int(limit)):
         note(now)
         if len(curve) == 1:
             state = now
@@ -112,31 +103,9 @@ def take_steps(
     return Steps(history, curve, taken, figures)
 
 
-def alignment_helps(bundle: PolicyBundle, fixed: MetaTensor, moving: MetaTensor, alignment: Tensor) -> bool:
-    """Return whether the policy itself gets on better from an initial alignment than from the images as they lie.
-
-    Resampling by an affine blurs the moving image and cuts it off, so that the policy sees less in it. Where it gets
-    there by its own steps, an alignment costs accuracy, however much it raises the correlation. A policy that sees no
-    structures itself takes it.
-
-    Args:
-        bundle: policy and task.
-        fixed: (1, *spatial).
-        moving: (1, *spatial).
-        alignment: (4, 4), from fixed to moving space, RAS millimetres.
-    """
-    if not bundle.sees:
-        return True
-
-    def seen_after(initial: Tensor) -> float:
-        working = WorkingPair.make(bundle, fixed, moving, None, None, initial)
-        return take_steps(bundle, working, TRIAL_STEPS).curve[-1]["seen_dice"]
-
-    try:
-        alone = seen_after(torch.eye(4, dtype=torch.float64))
-    except InputError:  # no overlap
-        return True
-    return alone < LEAST_SEEN or seen_after(alignment) > alone + TRIAL_GAIN
+def _trajectory(bundle: PolicyBundle, working: WorkingPair, steps: int, *, sample: bool = False) -> Iterator[State]:
+    structures = None if working.structures is None else working.structures[None]
+    return bundle.trajectory(working.image.as_tensor()[None], steps, structures=structures, sample=sample)
 
 
 @torch.no_grad()
@@ -163,7 +132,7 @@ def deviation(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for count in range(1, rollouts + 1):
-            states = bundle.trajectory(working.image.as_tensor()[None], steps, sample=True)
+            states = _trajectory(bundle, working, steps, sample=True)
             *_, last = states
             field = voxels_to_millimetres(bundle.task.output(last)[0].cpu(), linear)
             if mean is None:

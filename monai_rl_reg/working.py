@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from monai.transforms import Resize
 from monai.utils import ImageMetaKey
 from torch import Tensor
 
+from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import WorldTransform, carry, reduced, transform_points, world_box
 from monai_rl_reg.nifti import name_of
@@ -19,7 +21,9 @@ from monai_rl_reg.policy_bundle import PolicyBundle
 MOST_VOXELS = 3_000_000
 """A working grid of more voxels would take too much memory: it gets a coarser spacing instead."""
 MARGIN = 8
-"""Voxels of the moving image beyond the fixed one's box that its witness looks at too."""
+"""Voxels of the moving image beyond the fixed one's box that are looked at too."""
+SAME_SPACING = 0.05
+"""Share by which the moving image's spacing may differ from the fixed one's for it to be looked at as it is."""
 
 
 @dataclass(frozen=True)
@@ -29,88 +33,124 @@ class WorkingPair:
     Attributes:
         image: (2, *working), fixed and moving with the initial transform applied.
         label: likewise, if both images have a label.
-        seen: likewise, what the bundle's witness sees in each image by itself: not in the moving one as it was
-            resampled, which is blurred, cut off, and goes on as its edge does.
+        seen: likewise, the labels that the bundle's witness sees in each image, if it has one.
+        structures: (2, K, *working), the probabilities of what the policy itself sees in each, if it sees structures.
         coarsened: whether the grid is coarser than the bundle's settings say, to save memory.
     """
 
     image: MetaTensor
     label: Tensor | None
     seen: Tensor | None
+    structures: Tensor | None
     coarsened: bool
 
-    @classmethod
-    def make(
-        cls,
+    def description(self) -> dict[str, Any]:
+        """Return shape, spacing in mm, and whether it was coarsened, for the quality figures."""
+        return {
+            "shape": list(self.image.shape[1:]),
+            "spacing_mm": [round(s, 4) for s in _spacing(self.image)],
+            "coarsened_to_save_memory": self.coarsened,
+        }
+
+
+class GivenPair:
+    """Both images preprocessed as the bundle does, each where it was given, before an initial transform is chosen.
+
+    Networks that see structures look at each image by itself, and what they see is moved: not at the moving image as an
+    initial transform resampled it, which is blurred, cut off, and goes on as its edge does. So they look at it once,
+    however many initial transforms are tried.
+
+    Args:
+        bundle: gives the preprocessing, and what sees.
+        fixed: (1, *spatial).
+        moving: (1, *spatial).
+        fixed_label: on the fixed image's grid.
+        moving_label: on the moving image's grid; both are used or neither.
+    """
+
+    def __init__(
+        self,
         bundle: PolicyBundle,
         fixed: MetaTensor,
         moving: MetaTensor,
-        fixed_label: MetaTensor | None,
-        moving_label: MetaTensor | None,
-        initial: WorldTransform,
-    ) -> WorkingPair:
-        """Preprocess both images as the bundle does, and bring the moving one onto the fixed one's working grid.
+        fixed_label: MetaTensor | None = None,
+        moving_label: MetaTensor | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.given = {"fixed": fixed, "moving": moving}
+        labels = {"fixed": fixed_label, "moving": moving_label}
+        labelled = None not in (fixed_label, moving_label)
+        spacing = _too_fine(fixed, bundle.pixdim, MOST_VOXELS)
+        self.coarsened = spacing is not None
+        transform = bundle.case_transform if spacing is None else bundle.keep_spacing()
+        self.cases: dict[str, dict[str, MetaTensor]] = {}
+        for role, image in self.given.items():
+            volumes: dict[str, Any] = {"image": image} | ({"label": labels[role]} if labelled else {})
+            if spacing is not None:
+                volumes = {key: _coarsen(volume, spacing, key) for key, volume in volumes.items()}
+            self.cases[role] = transform(volumes)
+        self._looks: dict[Any, Tensor] = {}
+
+    def onto_fixed(self, initial: WorldTransform) -> WorkingPair:
+        """Bring the moving image onto the fixed one's working grid.
 
         Args:
-            bundle: gives the preprocessing.
-            fixed: (1, *spatial).
-            moving: (1, *spatial).
-            fixed_label: on the fixed image's grid.
-            moving_label: on the moving image's grid.
             initial: applied to the moving image.
 
         Raises:
             InputError: if the images do not overlap in space under the initial transform.
         """
+        fixed, moving = self.given.values()
         _check_overlap(fixed, moving, initial)
-        spacing = _too_fine(fixed, bundle.pixdim, MOST_VOXELS)
-        transform = bundle.case_transform if spacing is None else bundle.keep_spacing()
         pair: dict[str, Any] = {"initial": initial}
-        labelled = fixed_label is not None and moving_label is not None
-        for role, image, label in (("fixed", fixed, fixed_label), ("moving", moving, moving_label)):
-            volumes = {"image": image} | ({"label": label} if label is not None and labelled else {})
-            if spacing is not None:
-                volumes = {key: _coarsen(volume, spacing, key) for key, volume in volumes.items()}
-            case = transform(volumes)
-            pair[role], pair[f"{role}_file"] = case["image"], name_of(image)
-            if labelled:
-                pair[f"{role}_label"] = case["label"]
-        witnessed = bundle.witness is not None
-        if witnessed:
-            _witness(bundle, pair, initial)
-        made = bundle.preprocessing(pair)
-        maps = made["label"].as_tensor().unflatten(0, (2, -1)) if labelled or witnessed else None
-        label = maps[:, 0] if maps is not None and labelled else None
-        seen = maps[:, -1] if maps is not None and witnessed else None
-        return cls(made["image"], label, seen, spacing is not None)
+        for role, case in self.cases.items():
+            affine, box = case["image"].affine, self._box(initial) if role == "moving" else ()
+            images = [case["image"].as_tensor()]
+            if self.bundle.anatomy is not None:
+                images.append(self._look(role, self.bundle.anatomy, box)[1:])
+            pair[role], pair[f"{role}_file"] = MetaTensor(torch.cat(images), affine=affine), name_of(self.given[role])
+            labels = [case["label"].as_tensor()] if "label" in case else []
+            if self.bundle.witness is not None:
+                labels.append(self._look(role, self.bundle.witness, box).argmax(0, keepdim=True).float())
+            if labels:
+                pair[f"{role}_label"] = MetaTensor(torch.cat(labels), affine=affine)
+        made = self.bundle.preprocessing(pair)
+        images = made["image"].as_tensor().unflatten(0, (2, -1))
+        image = MetaTensor(images[:, 0], affine=made["image"].affine)
+        maps = made["label"].as_tensor().unflatten(0, (2, -1)) if "label" in made else None
+        label = maps[:, 0] if maps is not None and "label" in self.cases["fixed"] else None
+        seen = maps[:, -1] if maps is not None and self.bundle.witness is not None else None
+        structures = images[:, 1:] if self.bundle.anatomy is not None else None
+        return WorkingPair(image, label, seen, structures, self.coarsened)
 
-    def description(self) -> dict[str, Any]:
-        """Return shape, spacing in mm, and whether it was coarsened, for the quality figures."""
-        d = self.image.ndim - 1
-        spacing = self.image.affine[:3, :d].norm(dim=0)
-        return {
-            "shape": list(self.image.shape[1:]),
-            "spacing_mm": [round(float(s), 4) for s in spacing],
-            "coarsened_to_save_memory": self.coarsened,
-        }
+    def _box(self, initial: WorldTransform) -> tuple[slice, ...]:
+        """The part of the moving image where the fixed one lies, and a margin."""
+        fixed, moving = (case["image"] for case in self.cases.values())
+        d = fixed.ndim - 1
+        corners = torch.cartesian_prod(*(torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in fixed.shape[1:]))
+        there = carry(initial, transform_points(reduced(fixed.affine.double(), d), corners.T.reshape(d, -1)))
+        there = transform_points(torch.linalg.inv(reduced(moving.affine.double(), d)), there)
+        last = torch.tensor(moving.shape[1:]) - 1
+        low = (there.amin(1) - MARGIN).clamp(min=0).minimum(last).long().tolist()
+        high = (there.amax(1) + MARGIN).clamp(min=0).minimum(last).long().tolist()
+        return tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))
 
-
-def _witness(bundle: PolicyBundle, pair: dict[str, Any], initial: WorldTransform) -> None:
-    """Add what is seen in each image to its label, as the last channel; in the moving one where the fixed one lies."""
-    fixed, moving = pair["fixed"], pair["moving"]
-    d = fixed.ndim - 1
-    corners = torch.cartesian_prod(*(torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in fixed.shape[1:]))
-    there = carry(initial, transform_points(reduced(fixed.affine.double(), d), corners.T.reshape(d, -1)))
-    there = transform_points(torch.linalg.inv(reduced(moving.affine.double(), d)), there)
-    low = (there.amin(1) - MARGIN).clamp(min=0).minimum(torch.tensor(moving.shape[1:]) - 1)
-    high = (there.amax(1) + MARGIN).maximum(low)
-    box = [slice(int(a), int(b) + 1) for a, b in zip(low, high, strict=True)]
-    for role, part in (("fixed", (...,)), ("moving", (slice(None), *box))):
-        image = pair[role].as_tensor()
-        seen = torch.zeros_like(image)
-        seen[part] = bundle.see(image[part])
-        labels = [pair[f"{role}_label"].as_tensor(), seen] if f"{role}_label" in pair else [seen]
-        pair[f"{role}_label"] = MetaTensor(torch.cat(labels), affine=pair[role].affine)
+    def _look(self, role: str, network: Anatomy, box: tuple[slice, ...]) -> Tensor:
+        """What a network sees in a part of an image, (1 + K, *spatial): background beyond it."""
+        key = (role, id(network), str(box))
+        if key not in self._looks:
+            image, spacing = (self.cases[r]["image"] for r in (role, "fixed"))
+            there = (slice(None), *box)
+            part = image.as_tensor()[there]
+            # networks know structures by their size in voxels
+            pairs = zip(part.shape[1:], _spacing(image), _spacing(spacing), strict=True)
+            size = [max(1, round(n * a / b)) if abs(a / b - 1) > SAME_SPACING else n for n, a, b in pairs]
+            seen = _resized(self.bundle.see(network, _resized(part, size)), part.shape[1:])
+            whole = torch.zeros(len(seen), *image.shape[1:])
+            whole[0] = 1.0
+            whole[there] = seen
+            self._looks[key] = whole
+        return self._looks[key]
 
 
 def _check_overlap(fixed: MetaTensor, moving: MetaTensor, initial: WorldTransform) -> None:
@@ -130,7 +170,7 @@ def _check_overlap(fixed: MetaTensor, moving: MetaTensor, initial: WorldTransfor
 def _too_fine(fixed: MetaTensor, pixdim: Any, most: int) -> float | None:
     """Return the spacing in mm to coarsen to, or None where the bundle's working grid is small enough."""
     d = fixed.ndim - 1
-    own = fixed.affine[:3, :d].norm(dim=0).tolist()
+    own = _spacing(fixed)
     extent = [n * s for n, s in zip(fixed.shape[1:], own, strict=True)]
     wanted = own if pixdim is None else [float(pixdim)] * d if isinstance(pixdim, int | float) else list(pixdim)
 
@@ -150,13 +190,20 @@ def _too_fine(fixed: MetaTensor, pixdim: Any, most: int) -> float | None:
 
 
 def _coarsen(volume: MetaTensor, spacing: float, key: str) -> MetaTensor:
-    own = volume.affine[:3, : volume.ndim - 1].norm(dim=0).tolist()
-    size = [max(1, int(n * s / max(s, spacing))) for n, s in zip(volume.shape[1:], own, strict=True)]
+    size = [max(1, int(n * s / max(s, spacing))) for n, s in zip(volume.shape[1:], _spacing(volume), strict=True)]
     if size == list(volume.shape[1:]):
         return volume
-    if key == "label":
-        resize = Resize(size, mode="nearest-exact")
-    else:
-        resize = Resize(size, mode="trilinear" if len(size) == 3 else "bilinear", anti_aliasing=True)
-    smaller: Any = resize(volume)
+    smaller: Any = Resize(size, mode="nearest-exact")(volume) if key == "label" else _resized(volume, size)
     return MetaTensor(smaller.as_tensor(), affine=smaller.affine, meta={ImageMetaKey.FILENAME_OR_OBJ: name_of(volume)})
+
+
+def _resized(volume: Tensor, size: Sequence[int]) -> Tensor:
+    if list(size) == list(volume.shape[1:]):
+        return volume
+    resized: Tensor = Resize(size, mode="trilinear" if len(size) == 3 else "bilinear", anti_aliasing=True)(volume)
+    return resized
+
+
+def _spacing(image: MetaTensor) -> list[float]:
+    spacing: list[float] = image.affine[:3, : image.ndim - 1].norm(dim=0).tolist()
+    return spacing

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from monai_rl_reg.affine import align
 from monai_rl_reg.geometry import carry, identity_grid, reduced, sample, transform_points
+from monai_rl_reg.initial import initial_transform
 from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.nifti import read_volume
 from monai_rl_reg.phantoms import make_case
 from monai_rl_reg.policy_bundle import PolicyBundle
-from monai_rl_reg.stepping import alignment_helps
+from monai_rl_reg.working import GivenPair
 
 BRAINS = DATA / "brain_oasis35"
 
@@ -140,4 +141,5 @@ def test_brains_moved_apart_come_together_as_well_as_in_place(fixed: int, moving
     assert apart < 0.05
     found = align(f, m).transform
     assert dice(found, m_label) > max(0.35, in_place - 0.01)
-    assert alignment_helps(PolicyBundle(device="cpu"), f, m, found)  # a policy that knows no brains gives nothing up
+    chosen, figures = initial_transform(GivenPair(PolicyBundle(device="cpu"), f, m), "auto")
+    assert torch.equal(chosen, found), figures  # a policy that knows no brains gives nothing up

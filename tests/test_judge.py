@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise, permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Spacing
 from torch import Tensor
 
+from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.checkpoints import load_checkpoint
 from monai_rl_reg.command_line import main
 from monai_rl_reg.errors import InputError
@@ -20,7 +23,7 @@ from monai_rl_reg.nifti import read_image
 from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE, PolicyBundle
 from monai_rl_reg.quality import warnings_about
 from monai_rl_reg.registration import register
-from monai_rl_reg.working import MARGIN, WorkingPair
+from monai_rl_reg.working import MARGIN, GivenPair
 
 
 def write_pairs(path: Path, cohort: Path, count: int, *, labels: bool = True) -> Path:
@@ -125,10 +128,11 @@ def test_the_witness_sees_each_image_as_it_was_given(
     initial = torch.eye(4, dtype=torch.float64)
     initial[:3, 3] = torch.tensor([2.5, -1.5, 0.5])
     labels = [MetaTensor(torch.ones_like(x.as_tensor()), affine=x.affine) for x in (fixed, moving)]
-    working = WorkingPair.make(bundle, fixed, moving, None, None, initial)
-    labelled = WorkingPair.make(bundle, fixed, moving, *labels, initial)
+    working = GivenPair(bundle, fixed, moving).onto_fixed(initial)
+    labelled = GivenPair(bundle, fixed, moving, *labels).onto_fixed(initial)
     cases = [bundle.case_transform({"image": image})["image"] for image in (fixed, moving)]
-    seen = [bundle.see(case.as_tensor()) for case in cases]
+    assert bundle.witness is not None
+    seen = [bundle.see(bundle.witness, case.as_tensor()).argmax(0, keepdim=True).float() for case in cases]
     assert all(len(x.unique()) > 1 for x in seen)
     assert working.seen is not None
     assert working.label is None
@@ -142,22 +146,54 @@ def test_the_witness_sees_each_image_as_it_was_given(
     assert labelled.label[0].all(), "the labels that are given stay apart"
 
 
+def looked_at(bundle: PolicyBundle, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return a list that takes the shape of every image that the bundle's networks see from now on."""
+    shapes: list[tuple[int, ...]] = []
+
+    def see(network: Anatomy, image: Tensor) -> Tensor:
+        shapes.append(tuple(image.shape[1:]))
+        return torch.cat([torch.zeros_like(image), torch.ones_like(image)])
+
+    monkeypatch.setattr(bundle, "see", see)
+    return shapes
+
+
 def test_the_witness_looks_at_a_large_image_only_where_the_other_one_lies(
     witnessed: tuple[PolicyBundle, MetaTensor, MetaTensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, fixed, moving = witnessed
     volume = moving.as_tensor()
     large = MetaTensor(torch.cat([volume] * 4, dim=1), affine=moving.affine)
-    shapes: list[tuple[int, ...]] = []
-
-    def see(image: Tensor) -> Tensor:
-        shapes.append(tuple(image.shape[1:]))
-        return torch.ones_like(image)
-
-    monkeypatch.setattr(bundle, "see", see)
-    working = WorkingPair.make(bundle, fixed, large, None, None, torch.eye(4, dtype=torch.float64))
+    shapes = looked_at(bundle, monkeypatch)
+    working = GivenPair(bundle, fixed, large).onto_fixed(torch.eye(4, dtype=torch.float64))
     assert shapes[0] == tuple(fixed.shape[1:])
     assert all(n <= m + 2 * MARGIN + 1 for n, m in zip(shapes[1], fixed.shape[1:], strict=True))
+    assert working.seen is not None
+    assert working.seen.all()
+
+
+def test_an_image_is_looked_at_once_however_many_transforms_are_tried(
+    witnessed: tuple[PolicyBundle, MetaTensor, MetaTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, fixed, moving = witnessed
+    shapes = looked_at(bundle, monkeypatch)
+    given = GivenPair(bundle, fixed, moving)
+    moved = torch.eye(4, dtype=torch.float64)
+    moved[0, 3] = 1.5
+    first, second = given.onto_fixed(torch.eye(4, dtype=torch.float64)), given.onto_fixed(moved)
+    assert shapes == [tuple(x.shape[1:]) for x in (fixed, moving)]
+    assert not torch.equal(first.image, second.image)
+
+
+def test_a_moving_image_of_another_spacing_is_looked_at_in_the_fixed_one_s(
+    witnessed: tuple[PolicyBundle, MetaTensor, MetaTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, fixed, moving = witnessed
+    shapes = looked_at(bundle, monkeypatch)
+    fine: Any = Spacing([s / 2 for s in moving.pixdim.tolist()])(moving)
+    assert all(n > 1.9 * m for n, m in zip(fine.shape[1:], moving.shape[1:], strict=True))
+    working = GivenPair(bundle, fixed, fine).onto_fixed(torch.eye(4, dtype=torch.float64))
+    assert all(abs(n - m) <= 1 for n, m in zip(shapes[1], moving.shape[1:], strict=True))
     assert working.seen is not None
     assert working.seen.all()
 

@@ -131,8 +131,7 @@ def test_the_shipped_weights_register_what_they_were_trained_on(hippocampus: Pat
         [hippocampus / f"{what}Tr" / f"hippocampus_{i}.nii.gz" for i in (296, 309)] for what in ("images", "labels")
     )
     quality = register(*images, fixed_label=labels[0], moving_label=labels[1], device="cpu").quality
-    assert quality["initial"]["kind"] == "identity"  # the policy gets there without
-    assert quality["initial"]["given_up"] in ("rigid", "affine")
+    assert quality["initial"] == {"kind": "identity"}  # the policy gets there without: none was looked for
     assert quality["dice_after"] > 0.8
     assert quality["dice_after"] > quality["dice_before"] + 0.03
     assert quality["seen_dice_after"] > 0.9 > quality["seen_dice_before"]

@@ -119,13 +119,14 @@ class RegistrationTask(Task):
         if dice_weight > 0 or anatomy is not None:
             self.replay_keys += ("fixed_label", "moving_label")
 
-    def reset(self, image: Tensor, label: Tensor | None = None) -> State:
+    def reset(self, image: Tensor, label: Tensor | None = None, *, structures: Tensor | None = None) -> State:
         """Start from no displacement.
 
         Args:
             image: (B, 2, *spatial), fixed and moving, scaled to [0, 1].
             label: (B, 2, *spatial), integer labels of fixed and moving, or None;
                 :data:`~monai_rl_reg.metrics.UNLABELLED` where an image of the batch has none.
+            structures: (B, 2, K, *spatial), what ``anatomy`` sees in fixed and moving, where it has looked already.
 
         Raises:
             ValueError: if the image has not two channels or another number of dimensions.
@@ -146,8 +147,9 @@ class RegistrationTask(Task):
             "displacement": fixed.new_zeros(len(image), self.spatial_dims, *grid),
         }
         if self.anatomy is not None:
-            for role in ("fixed", "moving"):
-                state[f"{role}_anatomy"] = self.anatomy.see(state[role])
+            for i, role in enumerate(("fixed", "moving")):
+                seen = self.anatomy.see(state[role]) if structures is None else structures[:, i]
+                state[f"{role}_anatomy"] = seen
             state["moved_anatomy"] = state["moving_anatomy"]
         if label is not None:
             label = label.round().to(torch.int32)

@@ -41,7 +41,7 @@ from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.request import Pair
 from monai_rl_reg.stepping import deviation
-from monai_rl_reg.working import WorkingPair
+from monai_rl_reg.working import GivenPair, WorkingPair
 
 HERE = torch.eye(4, dtype=torch.float64)
 CLAIMS = ["plans", "plans x 4", "images", "inverse", "length"]
@@ -121,7 +121,7 @@ def synthetic(working: WorkingPair, seed: int) -> tuple[WorkingPair, Tensor]:
     for _ in range(40):  # x + u + v(x + u) = x
         truth = 0.5 * truth - 0.5 * sample(v, at + truth)
     image = MetaTensor(torch.cat([fixed, moving.clamp(0, 1)]), affine=working.image.affine)
-    return replace(working, image=image), truth
+    return replace(working, image=image, seen=None, structures=None), truth
 
 
 def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
@@ -131,7 +131,8 @@ def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, str, np.ndarr
     for number, row in enumerate(read_pairs(arguments.pairs)):
         names = arguments.claims if number % arguments.every == 0 else ["plans"]
         pair = Pair.read(**row)
-        working = WorkingPair.make(bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label, HERE)
+        given = GivenPair(bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label)
+        working = given.onto_fixed(HERE)
         assert working.label is not None
         field = solve(bundle, working.image.as_tensor())
         moved = bundle.task.warp_label(working.label[None, 1:].float(), field)  # type: ignore[operator]

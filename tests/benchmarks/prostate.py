@@ -29,7 +29,7 @@ from monai_rl_reg.geometry import reduced, transform_points
 from monai_rl_reg.metrics import folded_percent, label_dice
 from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE, PolicyBundle
 from monai_rl_reg.request import Pair
-from monai_rl_reg.working import WorkingPair
+from monai_rl_reg.working import GivenPair
 
 CONFIGS = DEFAULT_BUNDLE / "configs"
 PIXDIM = [0.8, 0.8, 0.8]
@@ -111,7 +111,7 @@ def file_name(method: str) -> str:
 def measure(case: Case, bundle: PolicyBundle, initial: Tensor, solve: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Return the figures of a case, registered by ``solve``: images (1, 2, *grid) to the field (1, 3, *grid)."""
     pair, started = case.pair, time.process_time()
-    working = WorkingPair.make(bundle, pair.fixed, pair.moving, None, None, initial)
+    working = GivenPair(bundle, pair.fixed, pair.moving).onto_fixed(initial)
     field = solve(working.image.as_tensor()[None])
     seconds = time.process_time() - started
     way = Correspondence.on_fixed_grid(field[0].detach(), working.image.affine, initial, pair.fixed)
