@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from monai_rl_reg.geometry import WorldTransform, voxels_to_millimetres
 from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.quality import LEAST_SEEN
 from monai_rl_reg.refinement import PROXIMITY, refine
+from monai_rl_reg.similarity import Similarity
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.warping import Warp
 from monai_rl_reg.working import WorkingPair
@@ -53,16 +55,14 @@ def take_steps(
     Args:
         bundle: policy and task.
         working: the pair.
-        limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number, when a step gains less
-            than :data:`GAIN` in Dice of the structures seen or, if none are seen, less than the
-            similarity's own threshold; a step that loses is taken back.
+        limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number, by :func:`enough`. Where
+            nothing is seen, a step that loses similarity is taken back.
         refine_seconds: most wall time of the refinement; 0 for none.
         tick: called after each step.
     """
     maps = {"dice": working.label, "seen_dice": working.seen}
     labels = {key: x[None].to(bundle.device) for key, x in maps.items() if x is not None}
     similarity = bundle.similarity
-    measure, least = (similarity.name, similarity.gain) if working.seen is None else ("seen_dice", GAIN)
     warp = Warp("nearest", "border")
     history: list[Tensor] = []
     curve: list[dict[str, float]] = []
@@ -84,13 +84,12 @@ def take_steps(
             state = now
             continue
         tick()
-        gain = curve[-1][measure] - curve[-2][measure]
-        if limit == "auto" and gain < 0:
+        if limit == "auto" and working.seen is None and curve[-1][similarity.name] < curve[-2][similarity.name]:
             history.pop()
             curve.pop()
             break
         state = now
-        if limit == "auto" and gain < least:
+        if limit == "auto" and enough(curve, similarity):
             break
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
@@ -101,6 +100,21 @@ def take_steps(
         figures = {"loss_before": refined.loss_before, "loss_after": refined.loss_after}
         figures |= {"iterations": refined.iterations, "seconds": round(refined.seconds, 3)}
     return Steps(history, curve, taken, figures)
+
+
+def enough(curve: Sequence[Mapping[str, float]], similarity: Similarity) -> bool:
+    """Return whether the last step gained so little that another one is not worth its time.
+
+    Structures that are seen must agree by :data:`~monai_rl_reg.quality.LEAST_SEEN` besides: a pair that begins far
+    apart gains little in its first steps. A step that loses in what is seen still gains in truth more often than not.
+
+    Args:
+        curve: of :class:`Steps`, after at least one step.
+        similarity: whose own threshold counts where nothing is seen.
+    """
+    measure, least = ("seen_dice", GAIN) if "seen_dice" in curve[-1] else (similarity.name, similarity.gain)
+    gain = curve[-1][measure] - curve[-2][measure]
+    return gain < least and (measure != "seen_dice" or curve[-1][measure] >= LEAST_SEEN)
 
 
 def _trajectory(bundle: PolicyBundle, working: WorkingPair, steps: int, *, sample: bool = False) -> Iterator[State]:

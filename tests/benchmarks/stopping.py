@@ -1,0 +1,116 @@
+"""Does the policy know when to stop? Dice against mean steps, of pairs that are easy and pairs that are hard.
+
+    python tests/benchmarks/stopping.py pairs.csv --ckpt model.pt --output stopping
+
+Every other pair as it is, and with the moving image turned and shifted by three amounts, registered from where it lies.
+The stop of ``--stop auto`` at several thresholds of its gain, a stop by the similarity's gain, and one that knew the
+true Dice of every step and gave the best mean for its price, against every fixed number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from monai.data import MetaTensor
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+
+from monai_rl_reg import stepping
+from monai_rl_reg.data import read_pairs
+from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.request import Pair
+from monai_rl_reg.working import GivenPair
+
+STEPS = 12
+MOST = 10
+"""Steps that a stop may take; the last two of the curve only show what more would give."""
+MOTIONS = {0.0: 0.0, 13.5: 3.6, 27.0: 7.2, 45.0: 12.0}
+"""Degrees to millimetres."""
+
+
+def moved(pair: Pair, degrees: float, millimetres: float, random: np.random.Generator) -> Pair:
+    """Return the pair with its moving image turned about its centre and shifted, in a random direction each."""
+    axis, shift = (x / np.linalg.norm(x) for x in random.normal(size=(2, 3)))
+    motion = torch.eye(4, dtype=torch.float64)
+    motion[:3, :3] = torch.from_numpy(Rotation.from_rotvec(np.deg2rad(degrees) * axis).as_matrix())
+    affine = pair.moving.affine.double()
+    centre = affine[:3, :3] @ (torch.tensor(pair.moving.shape[1:]).double() - 1) / 2 + affine[:3, 3]
+    motion[:3, 3] = centre - motion[:3, :3] @ centre + millimetres * torch.from_numpy(shift)
+    assert pair.moving_label is not None
+    image, label = (
+        MetaTensor(volume.as_tensor(), affine=motion @ affine) for volume in (pair.moving, pair.moving_label)
+    )
+    return replace(pair, moving=image, moving_label=label)
+
+
+def stops(curve: list[dict[str, float]], bundle: PolicyBundle, least: float, *, seen: bool) -> int:
+    """Return the step that ``--stop auto`` stops at with another threshold, by what is seen or by similarity."""
+    similarity = bundle.similarity
+    measured = [p if seen else {k: v for k, v in p.items() if k != "seen_dice"} for p in curve]
+    before = stepping.GAIN, similarity.gain
+    stepping.GAIN = similarity.gain = least  # type: ignore[misc]
+    try:
+        return next((n for n in range(1, MOST) if stepping.enough(measured[: n + 1], similarity)), MOST)
+    finally:
+        stepping.GAIN, similarity.gain = before  # type: ignore[misc]
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs")
+    parser.add_argument("--ckpt")
+    parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("stopping"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    bundle = PolicyBundle(ckpt=arguments.ckpt, device="cpu")
+    random = np.random.default_rng(0)
+    curves, motions = [], []
+    for row in tqdm(read_pairs(arguments.pairs)[:: arguments.every], unit="pair"):
+        pair = Pair.read(**row)
+        for degrees, millimetres in MOTIONS.items():
+            one = moved(pair, degrees, millimetres, random)
+            given = GivenPair(bundle, one.fixed, one.moving, one.fixed_label, one.moving_label)
+            working = given.onto_fixed(torch.eye(4, dtype=torch.float64))
+            curves.append(stepping.take_steps(bundle, working, STEPS).curve)
+            motions.append(degrees)
+    dice = np.array([[point["dice"] for point in curve] for curve in curves])
+    fixed = dice.mean(0)
+    rising = np.maximum.accumulate(fixed)
+    rows = []
+
+    def note(rule: str, least: float, at: np.ndarray) -> None:
+        reached, steps = float(dice[np.arange(len(dice)), at].mean()), float(at.mean())
+        needed = float(np.interp(reached, rising, np.arange(len(fixed))))
+        by = {f"steps at {d:g} degrees": float(at[np.array(motions) == d].mean()) for d in MOTIONS}
+        rows.append({"rule": rule, "threshold": least, "steps": steps, "Dice": reached, "fixed needs": needed} | by)
+
+    for number in range(1, STEPS + 1):
+        note("fixed", number, np.full(len(dice), number))
+    for least in (0.002, 0.005, 0.01, 0.02, 0.05):
+        for rule, seen in (("seen (--stop auto)", True), ("similarity", False)):
+            note(rule, least, np.array([stops(curve, bundle, least, seen=seen) for curve in curves]))
+    for price in (0.0005, 0.001, 0.002, 0.004, 0.008):
+        note("true Dice, which nobody knows", price, (dice - price * np.arange(STEPS + 1))[:, : MOST + 1].argmax(1))
+    table = pd.DataFrame(rows)
+    table["saved"] = 1 - table["steps"] / table["fixed needs"]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    table.to_csv(arguments.output / "stopping.csv", index=False, lineterminator="\n")
+    print(table.round(4).to_string(index=False))
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for rule, part in table.groupby("rule", sort=False):
+        axes.plot(part["steps"], part["Dice"], "o-", label=rule)
+    axes.set(xlabel="mean steps", ylabel="mean Dice", xlim=(1.5, MOST + 0.5), ylim=(float(fixed[2]) - 0.02, None))
+    axes.legend()
+    figure.savefig(arguments.output / "stopping.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
