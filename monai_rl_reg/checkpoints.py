@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,25 @@ class RandomState:
         torch.set_rng_state(state["torch"].cpu())
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+class VoxelSize:
+    """The voxel size of a training as something that a checkpoint can hold.
+
+    Args:
+        millimetres: in each direction.
+    """
+
+    def __init__(self, millimetres: Sequence[float]) -> None:
+        self.millimetres = list(millimetres)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :func:`voxel_size_in` finds."""
+        return {"millimetres": self.millimetres}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the voxel size of a checkpoint."""
+        self.millimetres = state["millimetres"]
 
 
 def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
@@ -201,6 +221,17 @@ def guided_in(path: str) -> bool:
     weights = checkpoint.get("network", checkpoint) if isinstance(checkpoint, dict) else {}
     first = weights.get("planner.levels.0.0.conv.weight")
     return isinstance(first, Tensor) and first.shape[1] > 2 + 2 * _structures(checkpoint)
+
+
+def voxel_size_in(path: str) -> list[float] | None:
+    """Return the voxel size in mm that a checkpoint's policy was trained at, or None where it does not say.
+
+    Raises:
+        InputError: if the file is missing or is no checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    saved = checkpoint.get("voxel_size") if isinstance(checkpoint, dict) else None
+    return None if saved is None else [float(x) for x in saved["millimetres"]]
 
 
 def _structures(checkpoint: Any) -> int:

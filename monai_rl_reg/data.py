@@ -255,6 +255,14 @@ class PairDataset(Dataset[Any]):
         return case | {key: MetaTensor(made[key].as_tensor(), affine=given[key].affine) for key in given}
 
     @property
+    def voxel_size(self) -> list[float]:
+        """The voxel size in mm in each direction, the median over the cases."""
+        images = [self.cases[i]["image"] for i in range(len(self.cases))]
+        sizes = torch.stack([image.affine[:3, : image.ndim - 1].norm(dim=0) for image in images])
+        found: list[float] = sizes.median(dim=0).values.tolist()
+        return found
+
+    @property
     def num_classes(self) -> int:
         """Number of label values with the background."""
         return len(self.labels) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from monai_rl_reg.anatomy import Anatomy
+from monai_rl_reg.checkpoints import voxel_size_in
 from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.inferer import StepwiseInferer
@@ -73,6 +74,8 @@ class PolicyBundle:
     Attributes:
         anatomy: sees structures in the images for the policy, where it was trained with labels.
         judge: tells what Dice to expect, where the checkpoint has one.
+        pixdim: voxel size in mm that the configuration resamples to, if it does.
+        voxel_size: the one that the policy was trained at, where the checkpoint says so.
         witness: sees structures in the images, by which the judge judges: its own, else the policy's, if it has any.
 
     Args:
@@ -119,6 +122,7 @@ class PolicyBundle:
         kept = None if self.judge is None else self.judge.witness
         self.witness: Anatomy | None = self.anatomy if kept is None else kept
         self.pixdim = parser.get("pixdim")
+        self.voxel_size = voxel_size_in(self.ckpt) if Path(self.ckpt).is_file() else None
 
     @property
     def steps(self) -> int:
@@ -135,9 +139,9 @@ class PolicyBundle:
         """Whether the policy sees structures by itself: it was trained with labels."""
         return self.anatomy is not None
 
-    def keep_spacing(self) -> Callable[[Any], Any]:
-        """Return the case transform without its change of the voxel size: for images brought to one beforehand."""
-        parser = self._parser(pixdim=None)
+    def case_transform_to(self, pixdim: Sequence[float] | None) -> Callable[[Any], Any]:
+        """Return the case transform with a change of the voxel size to this one; None keeps each image's own."""
+        parser = self._parser(pixdim=pixdim)
         transform: Callable[[Any], Any] = parser.get_parsed_content("case_transform")
         return transform
 

@@ -22,6 +22,10 @@ MOST_VOXELS = 3_000_000
 """A working grid of more voxels would take too much memory: it gets a coarser spacing instead."""
 MARGIN = 8
 """Voxels of the moving image beyond the fixed one's box that are looked at too."""
+ANOTHER_SIZE = 1.25
+"""Factor between the fixed image's voxel size and that of the training from which the pair is resampled to the latter.
+So five hippocampus pairs at 0.6 mm came to a Dice of 0.845, where at their own size to 0.820, at 1.6 mm to 0.835 and
+0.788; nearer to the 1 mm of the training it is all the same (0.839 and 0.844 at 0.8 mm, 0.834 and 0.830 at 1.3)."""
 SAME_SPACING = 0.05
 """Share by which the moving image's spacing may differ from the fixed one's for it to be looked at as it is."""
 
@@ -80,9 +84,14 @@ class GivenPair:
         self.given = {"fixed": fixed, "moving": moving}
         labels = {"fixed": fixed_label, "moving": moving_label}
         labelled = None not in (fixed_label, moving_label)
-        spacing = _too_fine(fixed, bundle.pixdim, MOST_VOXELS)
+        pixdim = bundle.pixdim if bundle.pixdim is not None else _trained_at(bundle, fixed)
+        spacing = _too_fine(fixed, pixdim, MOST_VOXELS)
         self.coarsened = spacing is not None
-        transform = bundle.case_transform if spacing is None else bundle.keep_spacing()
+        transform = bundle.case_transform
+        if spacing is not None:
+            transform = bundle.case_transform_to(None)
+        elif pixdim is not bundle.pixdim:
+            transform = bundle.case_transform_to(pixdim)
         self.cases: dict[str, dict[str, MetaTensor]] = {}
         for role, image in self.given.items():
             volumes: dict[str, Any] = {"image": image} | ({"label": labels[role]} if labelled else {})
@@ -165,6 +174,16 @@ def _check_overlap(fixed: MetaTensor, moving: MetaTensor, initial: WorldTransfor
             f"moving image {name_of(moving)}: expected to overlap in space with the fixed image {name_of(fixed)} under "
             "the initial transform, found no overlap; --initial auto brings them together first"
         )
+
+
+def _trained_at(bundle: PolicyBundle, fixed: MetaTensor) -> list[float] | None:
+    """Return the voxel size that the policy was trained at, where the fixed image's is another one."""
+    trained = bundle.voxel_size
+    if trained is None or all(
+        1 / ANOTHER_SIZE <= own / size <= ANOTHER_SIZE for own, size in zip(_spacing(fixed), trained, strict=True)
+    ):
+        return None
+    return trained
 
 
 def _too_fine(fixed: MetaTensor, pixdim: Any, most: int) -> float | None:

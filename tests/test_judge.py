@@ -106,7 +106,7 @@ def test_a_policy_that_sees_is_its_own_witness(cohort: Path, trained_with_labels
     ckpt = shutil.copy(trained_with_labels / "model.pt", tmp_path / "model.pt")
     judge = calibrate(write_pairs(tmp_path / "pairs.csv", cohort, 10), str(ckpt), device="cpu")
     assert judge.witness is None
-    assert load_checkpoint(str(ckpt)).keys() == {"network", "anatomy", "judge"}
+    assert load_checkpoint(str(ckpt)).keys() == {"network", "voxel_size", "anatomy", "judge"}
     loaded = load_judge(str(ckpt), 3)
     assert loaded is not None
     assert torch.equal(loaded.seen, judge.seen)
