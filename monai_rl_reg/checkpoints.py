@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +99,11 @@ class VoxelSize:
     """The voxel size of a training as something that a checkpoint can hold.
 
     Args:
-        millimetres: in each direction.
+        dataset: of the training; its ``voxel_size`` in mm in each direction, if it has one.
     """
 
-    def __init__(self, millimetres: Sequence[float]) -> None:
-        self.millimetres = list(millimetres)
+    def __init__(self, dataset: Any) -> None:
+        self.millimetres: list[float] | None = getattr(dataset, "voxel_size", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :func:`voxel_size_in` finds."""
@@ -230,8 +229,9 @@ def voxel_size_in(path: str) -> list[float] | None:
         InputError: if the file is missing or is no checkpoint.
     """
     checkpoint = load_checkpoint(path)
-    saved = checkpoint.get("voxel_size") if isinstance(checkpoint, dict) else None
-    return None if saved is None else [float(x) for x in saved["millimetres"]]
+    saved = checkpoint.get("voxel_size", {}) if isinstance(checkpoint, dict) else {}
+    found: list[float] | None = saved.get("millimetres")
+    return found
 
 
 def _structures(checkpoint: Any) -> int:

@@ -81,10 +81,10 @@ def test_a_checkpoint_gets_a_judge_and_a_registration_its_expected_dice(
     command = ["calibrate", "--ckpt", str(ckpt), "--pairs", str(pairs), "--device", "cpu", "--quiet"]
     assert main([*command, "--witness", str(trained_with_labels / "model.pt")]) == 0
     after = load_checkpoint(str(ckpt))
-    assert after.keys() == {"network", "judge"}
+    assert after.keys() == {"network", "voxel_size", "judge"}
     kept = after["judge"]["witness"].values()
     assert len({value.data_ptr() for value in kept}) < len(kept), "what a U-Net names twice is kept once"
-    assert all(torch.equal(value, before[key]) for key, value in after["network"].items())
+    assert all(torch.equal(value, before["network"][key]) for key, value in after["network"].items())
     assert [path.name for path in tmp_path.glob("*.pt")] == ["model.pt"]
     judge = load_judge(str(ckpt), 3)
     assert judge is not None
