@@ -343,6 +343,7 @@ def test_training_and_back_again(server: Server, studies: Studies) -> None:
     shipped = ROOT / "bundles" / "rl_reg" / "models" / "model.pt"
     before, when = shipped.read_bytes(), shipped.stat().st_mtime_ns
     server.client("train_start", model="rl_reg", params={"minutes": 1.0})
+    server.wait(lambda: server.client("train_status", check_if_running=True))  # it is submitted first, then runs
     refused(server.request("POST", "/train/rl_reg", {}), 429, "Already Running")
     assert server.infer("label_propagation", target)[0] == 200  # the server goes on meanwhile
     done = server.task("/train/")
