@@ -165,7 +165,7 @@ class PolicyBundle:
 
     @torch.no_grad()
     def see(self, network: Anatomy, image: Tensor) -> Tensor:
-        """Return the probabilities (1 + K, *spatial) of background and structures, as a network sees an image.
+        """Return the probabilities ``(1 + K, *spatial)`` of background and structures, as a network sees an image.
 
         Args:
             network: :attr:`anatomy` or :attr:`witness`.
