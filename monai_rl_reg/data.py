@@ -235,8 +235,6 @@ class PairDataset(Dataset[Any]):
             j += j >= i
         item: dict[str, Any] = {} if self.image_size is None else {"spatial_size": self.image_size}
         for role, case in (("fixed", self.cases[i]), ("moving", self.cases[j])):
-            if self.labelled and "label" in case:
-                case = case | {"label": self._indexed(case["label"])}
             if self.augment is not None:
                 case = self._augmented(case)
             item[role] = case["image"]
@@ -245,7 +243,9 @@ class PairDataset(Dataset[Any]):
                 item[f"{role}_label_file"] = case["file_of_label"]
             if self.labelled:
                 known = "label" in case
-                item[f"{role}_label"] = case["label"] if known else torch.full_like(case["image"], UNLABELLED)
+                item[f"{role}_label"] = (
+                    self._indexed(case["label"]) if known else torch.full_like(case["image"], UNLABELLED)
+                )
         return self.transform(item)
 
     def _augmented(self, case: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,11 @@ import pytest
 import torch
 from conftest import CONFIGS
 from monai.bundle import ConfigParser
-from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_rl_reg.anatomy import Anatomy, fixed_images, single_images
 from monai_rl_reg.checkpoints import load_anatomy, load_policy, structures_in
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.geometry import identity_grid
 from monai_rl_reg.metrics import UNLABELLED
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.tasks.registration import RegistrationTask
@@ -131,24 +129,6 @@ def test_its_training_is_in_half_precision_where_asked_on_a_cpu_too(amp: bool, d
     loss.backward()
     assert found == [dtype]
     assert loss.dtype == torch.float32
-
-
-@pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_its_augmentation_moves_labels_as_it_moves_images(spatial_dims: int) -> None:
-    parser = ConfigParser()
-    parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "with_labels", "anatomy")])
-    parser.update({"spatial_dims": spatial_dims, "structures": 2, "device": torch.device("cpu")})
-    augment = parser.get_parsed_content("augmentation").set_random_state(0)
-    distance = identity_grid((24,) * spatial_dims).sub(11.5).square().sum(0).sqrt()[None]
-    label = (distance < 8).float() + (distance < 4)
-    case = {"image": MetaTensor(label / 2), "label": MetaTensor(label)}
-    for _ in range(5):
-        made = augment(dict(case))
-        assert made["label"].shape == label.shape
-        assert set(made["label"].unique().tolist()) == {0, 1, 2}
-        low, high = (made["image"][made["label"] == k].mean() for k in (0, 2))
-        middle = made["image"][made["label"] == 1].mean()
-        assert low < 0.1 < middle < 0.9 < high
 
 
 def test_images_without_labels_teach_nothing() -> None:

@@ -172,13 +172,6 @@ def test_augmentation_is_given_the_image_and_its_label_if_it_has_one(cohort: Pat
         assert ("label" in item) == ("label" in keys)
 
 
-def test_augmentation_is_given_the_labels_as_they_are_counted(cohort: Path) -> None:
-    augment = Recorded()
-    item = dataset(read_cases(cohort)[:2], augment=augment, labels=[2])[0]
-    assert augment.given[0]["label"].unique().tolist() == [0, 1]
-    assert torch.equal(item["label"].as_tensor()[:1], augment.given[0]["label"].as_tensor())
-
-
 def affine_augmentation() -> RandAffined:
     """Rotations and shears of image and label alike; it writes what it did into their affines."""
     augment = RandAffined(
