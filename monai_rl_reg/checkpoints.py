@@ -109,10 +109,6 @@ class VoxelSize:
         """Return what :func:`voxel_size_in` finds."""
         return {"millimetres": self.millimetres}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the voxel size of a checkpoint."""
-        self.millimetres = state["millimetres"]
-
 
 def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
     """Make the output folder and say its name; a run that does not resume moves an earlier one's folder aside.

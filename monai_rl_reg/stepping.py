@@ -14,7 +14,6 @@ from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.quality import LEAST_SEEN
 from monai_rl_reg.refinement import PROXIMITY, refine
-from monai_rl_reg.similarity import Similarity
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.warping import Warp
 from monai_rl_reg.working import WorkingPair
@@ -63,6 +62,7 @@ def take_steps(
     maps = {"dice": working.label, "seen_dice": working.seen}
     labels = {key: x[None].to(bundle.device) for key, x in maps.items() if x is not None}
     similarity = bundle.similarity
+    measure, least = (similarity.name, similarity.gain) if working.seen is None else ("seen_dice", GAIN)
     warp = Warp("nearest", "border")
     history: list[Tensor] = []
     curve: list[dict[str, float]] = []
@@ -84,12 +84,12 @@ def take_steps(
             state = now
             continue
         tick()
-        if limit == "auto" and working.seen is None and curve[-1][similarity.name] < curve[-2][similarity.name]:
+        if limit == "auto" and working.seen is None and curve[-1][measure] < curve[-2][measure]:
             history.pop()
             curve.pop()
             break
         state = now
-        if limit == "auto" and enough(curve, similarity):
+        if limit == "auto" and enough(curve, measure, least):
             break
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
@@ -102,19 +102,19 @@ def take_steps(
     return Steps(history, curve, taken, figures)
 
 
-def enough(curve: Sequence[Mapping[str, float]], similarity: Similarity) -> bool:
+def enough(curve: Sequence[Mapping[str, float]], measure: str, least: float) -> bool:
     """Return whether the last step gained so little that another one is not worth its time.
 
     Structures that are seen must agree by :data:`~monai_rl_reg.quality.LEAST_SEEN` besides: a pair that begins far
-    apart gains little in its first steps. A step that loses in what is seen still gains in truth more often than not.
+    apart gains little in its first steps.
 
     Args:
         curve: of :class:`Steps`, after at least one step.
-        similarity: whose own threshold counts where nothing is seen.
+        measure: what is to gain: ``seen_dice``, or the similarity's name where nothing is seen.
+        least: by how much.
     """
-    measure, least = ("seen_dice", GAIN) if "seen_dice" in curve[-1] else (similarity.name, similarity.gain)
-    gain = curve[-1][measure] - curve[-2][measure]
-    return gain < least and (measure != "seen_dice" or curve[-1][measure] >= LEAST_SEEN)
+    now, before = (curve[i][measure] for i in (-1, -2))
+    return now - before < least and (measure != "seen_dice" or now >= LEAST_SEEN)
 
 
 def _trajectory(bundle: PolicyBundle, working: WorkingPair, steps: int, *, sample: bool = False) -> Iterator[State]:

@@ -61,8 +61,8 @@ class GivenPair:
     """Both images preprocessed as the bundle does, each where it was given, before an initial transform is chosen.
 
     Networks that see structures look at each image by itself, and what they see is moved: not at the moving image as an
-    initial transform resampled it, which is blurred, cut off, and goes on as its edge does. So they look at it once,
-    however many initial transforms are tried.
+    initial transform resampled it, which is blurred, cut off, and goes on as its edge does. So they look at one part of
+    an image once, however many initial transforms are tried.
 
     Args:
         bundle: gives the preprocessing, and what sees.
@@ -83,7 +83,7 @@ class GivenPair:
         self.bundle = bundle
         self.given = {"fixed": fixed, "moving": moving}
         labels = {"fixed": fixed_label, "moving": moving_label}
-        labelled = None not in (fixed_label, moving_label)
+        labelled = fixed_label is not None and moving_label is not None
         pixdim = bundle.pixdim if bundle.pixdim is not None else _trained_at(bundle, fixed)
         spacing = _too_fine(fixed, pixdim, MOST_VOXELS)
         self.coarsened = spacing is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from monai_rl_reg.quality import LEAST_SEEN
-from monai_rl_reg.similarity import LocalNCC
 from monai_rl_reg.stepping import GAIN, enough
 
 
@@ -21,10 +20,9 @@ from monai_rl_reg.stepping import GAIN, enough
 )
 def test_what_is_seen_says_whether_it_is_enough(seen: list[float], expected: bool) -> None:
     curve = [{"ncc": 0.5, "seen_dice": x} for x in seen]
-    assert enough(curve, LocalNCC(3)) is expected
+    assert enough(curve, "seen_dice", GAIN) is expected
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(2.0, False), (0.5, True), (-1.0, True)])
 def test_where_nothing_is_seen_the_similarity_says_it(gain: float, expected: bool) -> None:
-    similarity = LocalNCC(3)
-    assert enough([{"ncc": 0.2}, {"ncc": 0.2 + gain * similarity.gain}], similarity) is expected
+    assert enough([{"ncc": 0.2}, {"ncc": 0.2 + 0.01 * gain}], "ncc", 0.01) is expected

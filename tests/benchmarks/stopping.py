@@ -21,10 +21,10 @@ from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from monai_rl_reg import stepping
 from monai_rl_reg.data import read_pairs
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.request import Pair
+from monai_rl_reg.stepping import enough, take_steps
 from monai_rl_reg.working import GivenPair
 
 STEPS = 12
@@ -49,16 +49,9 @@ def moved(pair: Pair, degrees: float, millimetres: float, random: np.random.Gene
     return replace(pair, moving=image, moving_label=label)
 
 
-def stops(curve: list[dict[str, float]], bundle: PolicyBundle, least: float, *, seen: bool) -> int:
-    """Return the step that ``--stop auto`` stops at with another threshold, by what is seen or by similarity."""
-    similarity = bundle.similarity
-    measured = [p if seen else {k: v for k, v in p.items() if k != "seen_dice"} for p in curve]
-    before = stepping.GAIN, similarity.gain
-    stepping.GAIN = similarity.gain = least  # type: ignore[misc]
-    try:
-        return next((n for n in range(1, MOST) if stepping.enough(measured[: n + 1], similarity)), MOST)
-    finally:
-        stepping.GAIN, similarity.gain = before  # type: ignore[misc]
+def stops(curve: list[dict[str, float]], measure: str, least: float) -> int:
+    """Return the step that the rule of ``--stop auto`` stops at, by this measure and this least gain."""
+    return next((n for n in range(1, MOST) if enough(curve[: n + 1], measure, least)), MOST)
 
 
 def main() -> None:
@@ -79,7 +72,7 @@ def main() -> None:
             one = moved(pair, degrees, millimetres, random)
             given = GivenPair(bundle, one.fixed, one.moving, one.fixed_label, one.moving_label)
             working = given.onto_fixed(torch.eye(4, dtype=torch.float64))
-            curves.append(stepping.take_steps(bundle, working, STEPS).curve)
+            curves.append(take_steps(bundle, working, STEPS).curve)
             motions.append(degrees)
     dice = np.array([[point["dice"] for point in curve] for curve in curves])
     fixed = dice.mean(0)
@@ -95,8 +88,8 @@ def main() -> None:
     for number in range(1, STEPS + 1):
         note("fixed", number, np.full(len(dice), number))
     for least in (0.002, 0.005, 0.01, 0.02, 0.05):
-        for rule, seen in (("seen (--stop auto)", True), ("similarity", False)):
-            note(rule, least, np.array([stops(curve, bundle, least, seen=seen) for curve in curves]))
+        for rule, measure in (("seen (--stop auto)", "seen_dice"), ("similarity", bundle.similarity.name)):
+            note(rule, least, np.array([stops(curve, measure, least) for curve in curves]))
     for price in (0.0005, 0.001, 0.002, 0.004, 0.008):
         note("true Dice, which nobody knows", price, (dice - price * np.arange(STEPS + 1))[:, : MOST + 1].argmax(1))
     table = pd.DataFrame(rows)
