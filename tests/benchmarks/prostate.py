@@ -161,7 +161,7 @@ def train(name: str, cases: list[Case], fold: int, arguments: argparse.Namespace
     if name == SEEN:
         configs.append(str(CONFIGS / "with_labels.json"))
         seeing = f"{output}_seeing"
-        learning = common | {"batch_size": 4, "learning_rate": 0.002}
+        learning = common | {"batch_size": 4, "learning_rate": 0.002}  # as the documented figures were measured
         run(run_id="training", config_file=[*configs, str(CONFIGS / "anatomy.json")], output_dir=seeing, **learning)
         settings["anatomy_ckpt"] = f"{seeing}/checkpoint_final.pt"
     run(run_id="training", config_file=configs, output_dir=str(output), **settings)
