@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
         "with (.h5, .tfm, .txt, .mat, or a field as .nii.gz); auto (default): find an affine where the images are not "
         "aligned; none: take them as they lie")  # fmt: skip
 
+    add("--by-label", action="store_true", help="go by the structures of the moving label, where they are those that "
+        "the weights see, instead of what they see of them in the moving image")  # fmt: skip
+
     model = command.add_argument_group("model")
     add = model.add_argument
     add("--bundle", metavar="DIR", help="registration bundle (default: bundles/rl_reg of the repository)")
@@ -170,7 +173,7 @@ def _register(args: argparse.Namespace) -> int:
         from monai_rl_reg.request import Options, Pair
         from monai_rl_reg.similarity import title
 
-    options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial)
+    options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial, by_label=args.by_label)
     pair = Pair.read(
         args.fixed,
         args.moving,
@@ -202,7 +205,7 @@ def _register_pairs(args: argparse.Namespace) -> int:
         from monai_rl_reg.registration import Registrar
         from monai_rl_reg.request import Options
 
-    options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial)
+    options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial, by_label=args.by_label)
     registrar = Registrar(bundle=args.bundle, ckpt=args.ckpt, device=args.device)
     rows = register_pairs(
         args.pairs,

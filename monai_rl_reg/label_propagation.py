@@ -180,6 +180,7 @@ class LabelPropagation:
         with self.space.turn:
             if how.initial == AUTO:
                 how = replace(how, initial=self.space.between(image, case.image))
+            how = replace(how, by_label=self.registrar.bundle(fixed.ndim - 1).sees)
             result = self.registrar.register(Pair(fixed, moving, moving_label=label), how)
         return Vote(label, result, local_similarity(result.moved.as_tensor(), fixed.as_tensor()))
 

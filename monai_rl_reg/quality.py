@@ -93,6 +93,8 @@ def warnings_about(quality: dict[str, Any]) -> list[str]:
         )
     if quality.get("dice_after", math.nan) < quality.get("dice_before", math.nan):
         found.append(f"the labels agree less, Dice {quality['dice_before']:.3f} to {quality['dice_after']:.3f}")
+    if quality.get("by_label") == {}:
+        found.append("the moving label was not gone by: none of its structures lies where the weights see one")
     if quality["folded_percent"] > MOST_FOLDED:
         found.append(f"{quality['folded_percent']:.2g} % of the voxels are folded")
     return found

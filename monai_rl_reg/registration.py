@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from monai_rl_reg.errors import find_input_error
+from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.finishing import Correspondence
 from monai_rl_reg.folders import replacing_folder
 from monai_rl_reg.initial import initial_transform
@@ -166,7 +166,11 @@ class Registrar:
         started = time.monotonic()
         bundle = self.bundle(pair.fixed.ndim - 1)
         try:
-            given = GivenPair(bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label)
+            if options.by_label:
+                _check_by_label(bundle, pair)
+            given = GivenPair(
+                bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label, by_label=options.by_label
+            )
             initial, kind = initial_transform(given, options.initial)
             working = given.onto_fixed(initial)
         except Exception as error:
@@ -202,6 +206,8 @@ class Registrar:
         quality |= dict(zip(("inverse_error_mm", "inverse_error_max_mm"), errors, strict=False))
         quality |= {"steps": steps.taken, "stopped_by_itself": limit == "auto" and steps.taken < total}
         quality |= {"initial": kind, "working_grid": working.description(), "refinement": steps.refinement}
+        if options.by_label:
+            quality["by_label"] = {str(structure): value for structure, value in sorted(working.recognised.items())}
         quality |= {"uncertainty_rollouts": options.uncertainty, "bundle": bundle.version(), "ckpt": bundle.ckpt}
         quality["warnings"] = warnings_about(quality)
         for text in quality["warnings"]:
@@ -225,6 +231,13 @@ class Registrar:
         )
 
 
+def _check_by_label(bundle: PolicyBundle, pair: Pair) -> None:
+    if pair.moving_label is None:
+        raise InputError(f"by label: expected a label of the moving image {name_of(pair.moving)}, found none")
+    if not bundle.sees:
+        raise InputError(f"by label: expected weights that see structures, found {bundle.ckpt}, trained without labels")
+
+
 def register(
     fixed: Any,
     moving: Any,
@@ -236,6 +249,7 @@ def register(
     refine: float = 0.0,
     uncertainty: int = 0,
     initial: str | Path | None = "auto",
+    by_label: bool = False,
     bundle: str | Path | None = None,
     ckpt: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -255,6 +269,7 @@ def register(
         refine: seconds of refinement at most.
         uncertainty: rollouts of sampled plans; 0 for none.
         initial: ``auto``, ``none``, or the path of an ITK transform.
+        by_label: go by the moving label's structures instead of what the policy sees of them in the moving image.
         bundle: folder of the bundle; by default ``bundles/rl_reg`` of the repository.
         ckpt: weights; by default the bundle's own.
         device: where to compute, for example ``cpu`` or ``cuda:0``.
@@ -263,6 +278,6 @@ def register(
     Raises:
         InputError: if anything is wrong with what was given, in one sentence.
     """
-    options = Options(steps, refine, uncertainty, initial)
+    options = Options(steps, refine, uncertainty, initial, by_label=by_label)
     pair = Pair.read(fixed, moving, fixed_label=fixed_label, moving_label=moving_label, landmarks=landmarks)
     return Registrar(bundle=bundle, ckpt=ckpt, device=device).register(pair, options, progress=progress)

@@ -26,6 +26,8 @@ class Options:
             aligned, ``none`` takes them as they lie; else the path of an ITK transform or of a displacement field, or
             a (4, 4) tensor in RAS millimetres.
         inverse: also find the field back.
+        by_label: go by the structures of the moving label, where they are those that the policy sees, instead of what
+            it sees of them in the moving image.
     """
 
     steps: int | str | None = None
@@ -33,6 +35,7 @@ class Options:
     uncertainty: int = 0
     initial: str | Path | Tensor | None = "auto"
     inverse: bool = True
+    by_label: bool = False
 
     def __post_init__(self) -> None:
         whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)

@@ -26,6 +26,9 @@ ANOTHER_SIZE = 1.25
 """Factor between the fixed image's voxel size and that of the training from which the pair is resampled to the latter.
 So five hippocampus pairs at 0.6 mm came to a Dice of 0.845, where at their own size to 0.820, at 1.6 mm to 0.835 and
 0.788; nearer to the 1 mm of the training it is all the same (0.839 and 0.844 at 0.8 mm, 0.834 and 0.830 at 1.3)."""
+LEAST_OVERLAP = 0.75
+"""Dice of a label and a structure seen in the same image from which on they are taken for the same. One label over two
+structures of equal size overlaps with each by 0.67."""
 SAME_SPACING = 0.05
 """Share by which the moving image's spacing may differ from the fixed one's for it to be looked at as it is."""
 
@@ -38,8 +41,10 @@ class WorkingPair:
         image: (2, *working), fixed and moving with the initial transform applied.
         label: likewise, if both images have a label.
         seen: likewise, the labels that the bundle's witness sees in each image, if it has one.
-        structures: (2, K, *working), the probabilities of what the policy itself sees in each, if it sees structures.
+        structures: (2, K, *working), the probabilities of what the policy itself sees in each, if it sees structures;
+            in the moving image those that are recognised are as its label has them.
         coarsened: whether the grid is coarser than the bundle's settings say, to save memory.
+        recognised: the value in the moving label of each structure (1 to K) that its label is gone by for.
     """
 
     image: MetaTensor
@@ -47,6 +52,7 @@ class WorkingPair:
     seen: Tensor | None
     structures: Tensor | None
     coarsened: bool
+    recognised: dict[int, int]
 
     def description(self) -> dict[str, Any]:
         """Return shape, spacing in mm, and whether it was coarsened, for the quality figures."""
@@ -69,7 +75,9 @@ class GivenPair:
         fixed: (1, *spatial).
         moving: (1, *spatial).
         fixed_label: on the fixed image's grid.
-        moving_label: on the moving image's grid; both are used or neither.
+        moving_label: on the moving image's grid; with both labels a :class:`WorkingPair` has them.
+        by_label: let the moving label take the place of what the policy sees in the moving image, for the structures
+            that are recognised in it.
     """
 
     def __init__(
@@ -79,11 +87,15 @@ class GivenPair:
         moving: MetaTensor,
         fixed_label: MetaTensor | None = None,
         moving_label: MetaTensor | None = None,
+        *,
+        by_label: bool = False,
     ) -> None:
         self.bundle = bundle
         self.given = {"fixed": fixed, "moving": moving}
         labels = {"fixed": fixed_label, "moving": moving_label}
-        labelled = fixed_label is not None and moving_label is not None
+        self.labelled = fixed_label is not None and moving_label is not None
+        self.by_label = by_label and moving_label is not None
+        needed = {"fixed": self.labelled, "moving": self.labelled or self.by_label}
         pixdim = bundle.pixdim if bundle.pixdim is not None else _trained_at(bundle, fixed)
         spacing = _too_fine(fixed, pixdim, MOST_VOXELS)
         self.coarsened = spacing is not None
@@ -94,7 +106,7 @@ class GivenPair:
             transform = bundle.case_transform_to(pixdim)
         self.cases: dict[str, dict[str, MetaTensor]] = {}
         for role, image in self.given.items():
-            volumes: dict[str, Any] = {"image": image} | ({"label": labels[role]} if labelled else {})
+            volumes: dict[str, Any] = {"image": image} | ({"label": labels[role]} if needed[role] else {})
             if spacing is not None:
                 volumes = {key: _coarsen(volume, spacing, key) for key, volume in volumes.items()}
             self.cases[role] = transform(volumes)
@@ -112,13 +124,18 @@ class GivenPair:
         fixed, moving = self.given.values()
         _check_overlap(fixed, moving, initial)
         pair: dict[str, Any] = {"initial": initial}
+        recognised: dict[int, int] = {}
         for role, case in self.cases.items():
             affine, box = case["image"].affine, self._box(initial) if role == "moving" else ()
             images = [case["image"].as_tensor()]
             if self.bundle.anatomy is not None:
-                images.append(self._look(role, self.bundle.anatomy, box)[1:])
+                looked = self._look(role, self.bundle.anatomy, box)
+                if role == "moving" and self.by_label:
+                    recognised = self._recognise(looked, box)
+                    looked = self._labelled(looked, recognised)
+                images.append(looked[1:])
             pair[role], pair[f"{role}_file"] = MetaTensor(torch.cat(images), affine=affine), name_of(self.given[role])
-            labels = [case["label"].as_tensor()] if "label" in case else []
+            labels = [case["label"].as_tensor()] if self.labelled else []
             if self.bundle.witness is not None:
                 labels.append(self._look(role, self.bundle.witness, box).argmax(0, keepdim=True).float())
             if labels:
@@ -127,10 +144,10 @@ class GivenPair:
         images = made["image"].as_tensor().unflatten(0, (2, -1))
         image = MetaTensor(images[:, 0], affine=made["image"].affine)
         maps = made["label"].as_tensor().unflatten(0, (2, -1)) if "label" in made else None
-        label = maps[:, 0] if maps is not None and "label" in self.cases["fixed"] else None
+        label = maps[:, 0] if maps is not None and self.labelled else None
         seen = maps[:, -1] if maps is not None and self.bundle.witness is not None else None
         structures = images[:, 1:] if self.bundle.anatomy is not None else None
-        return WorkingPair(image, label, seen, structures, self.coarsened)
+        return WorkingPair(image, label, seen, structures, self.coarsened, recognised)
 
     def _box(self, initial: WorldTransform) -> tuple[slice, ...]:
         """The part of the moving image where the fixed one lies, and a margin."""
@@ -143,6 +160,24 @@ class GivenPair:
         low = (there.amin(1) - MARGIN).clamp(min=0).minimum(last).long().tolist()
         high = (there.amax(1) + MARGIN).clamp(min=0).minimum(last).long().tolist()
         return tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))
+
+    def _recognise(self, looked: Tensor, box: tuple[slice, ...]) -> dict[int, int]:
+        """Find the structures of :meth:`_look` among the moving label's values, by where they lie: values are free."""
+        label, seen = self.cases["moving"]["label"].as_tensor()[0][box], looked.argmax(0)[box]
+        found = {}
+        for value in sorted(int(v) for v in torch.unique(label[label > 0])):
+            region = label == value
+            k = int(torch.bincount(seen[region], minlength=2)[1:].argmax()) + 1
+            overlap = 2 * (region & (seen == k)).sum() / (region.sum() + (seen == k).sum())
+            if overlap >= LEAST_OVERLAP:  # over one half, so of one value at most
+                found[k] = value
+        return found
+
+    def _labelled(self, looked: Tensor, recognised: dict[int, int]) -> Tensor:
+        label, known = self.cases["moving"]["label"].as_tensor()[0], looked.clone()
+        for k, value in recognised.items():
+            known[k] = (label == value).to(known)
+        return known
 
     def _look(self, role: str, network: Anatomy, box: tuple[slice, ...]) -> Tensor:
         """What a network sees in a part of an image, (1 + K, *spatial): background beyond it."""

@@ -53,3 +53,53 @@ def test_a_training_keeps_its_voxel_size_in_the_checkpoint(trained: Path) -> Non
     assert all(0.5 < size < 2.5 for size in found)
     checkpoint = load_checkpoint(str(trained / "model.pt"))
     assert checkpoint["voxel_size"] == {"millimetres": found}
+
+
+def by_brightness(network: object, image: torch.Tensor) -> torch.Tensor:
+    """See two structures: what is bright, and what is half as bright."""
+    bright, half = image > 2 / 3, (image > 1 / 3) & (image <= 2 / 3)
+    return torch.cat([~(bright | half), bright, half]).float()
+
+
+@pytest.fixture
+def bundle(monkeypatch: pytest.MonkeyPatch) -> PolicyBundle:
+    bundle = PolicyBundle(device="cpu")
+    monkeypatch.setattr(bundle, "see", by_brightness)
+    return bundle
+
+
+@pytest.fixture
+def label(images: list[MetaTensor], bundle: PolicyBundle) -> MetaTensor:
+    """The moving image's structures, as somebody else numbers them."""
+    case: dict[str, MetaTensor] = bundle.case_transform({"image": images[1]})
+    seen = by_brightness(None, case["image"].as_tensor()).argmax(0, keepdim=True)
+    return MetaTensor(torch.tensor([0, 9, 5])[seen], affine=case["image"].affine)
+
+
+def test_structures_that_the_moving_label_has_take_the_place_of_what_is_seen(
+    images: list[MetaTensor], bundle: PolicyBundle, label: MetaTensor
+) -> None:
+    rough = label.clone()
+    rough.as_tensor()[:, ::2, ::3, ::3] = 0
+    known = GivenPair(bundle, *images, moving_label=rough, by_label=True).onto_fixed(HERE)
+    seen = GivenPair(bundle, *images).onto_fixed(HERE)
+    assert known.recognised == {1: 9, 2: 5}
+    assert known.structures is not None
+    assert seen.structures is not None
+    torch.testing.assert_close(known.structures[0], seen.structures[0])  # in the fixed image as before
+    assert known.structures[1].sum() < seen.structures[1].sum()
+    given = GivenPair(bundle, images[1], images[1], moving_label=rough, by_label=True)
+    same = given.onto_fixed(HERE)
+    assert same.structures is not None
+    expected = torch.cat([given.cases["moving"]["label"].as_tensor() == value for value in (9, 5)])
+    torch.testing.assert_close(same.structures[1], expected.float())
+    assert same.label is None  # it takes both to compare them
+
+
+def test_a_label_of_something_else_is_not_gone_by(
+    images: list[MetaTensor], bundle: PolicyBundle, label: MetaTensor
+) -> None:
+    seen = GivenPair(bundle, *images).onto_fixed(HERE)
+    found = GivenPair(bundle, *images, moving_label=label.roll(8, -1), by_label=True).onto_fixed(HERE)
+    assert found.recognised == {}
+    torch.testing.assert_close(found.structures, seen.structures)
