@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -12,11 +14,25 @@ class InputError(ValueError):
 
 def find_input_error(error: BaseException | None) -> InputError | None:
     """Return the :class:`InputError` behind an exception, if there is one: MONAI wraps what transforms raise."""
-    while error is not None:
+    looked_at: set[int] = set()  # an exception may be its own cause, by way of others
+    while error is not None and id(error) not in looked_at:
         if isinstance(error, InputError):
             return error
+        looked_at.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+@contextmanager
+def bare_input_errors() -> Iterator[None]:
+    """Raise the :class:`InputError` behind an exception in its place; any other exception stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        found = find_input_error(error)
+        if found is None or found is error:
+            raise
+        raise found from error
 
 
 def report_input_errors() -> None:

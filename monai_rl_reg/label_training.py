@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from monai_rl_reg.atlases import Case
 from monai_rl_reg.checkpoints import guided_in, load_policy, prepare_output, structures_in
 from monai_rl_reg.engine import scalars
-from monai_rl_reg.errors import InputError, find_input_error
+from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.finishing import label_dtype
 from monai_rl_reg.handlers import TrainingTime
 from monai_rl_reg.nifti import read_image, replacing, write_image
@@ -180,7 +180,7 @@ def train(
     for handler in [*config["train"]["handlers"], *config["validate"]["handlers"]]:
         if isinstance(handler, dict) and handler["_target_"].rpartition(".")[2] in QUIET:
             handler["_disabled_"] = True
-    try:
+    with bare_input_errors():
         prepare_output(str(folder))
         trainer, evaluator = (parser.get_parsed_content(i) for i in ("train::trainer", "validate::evaluator"))
         network, anatomy = (parser.get_parsed_content(i) for i in ("network", "anatomy"))
@@ -194,8 +194,6 @@ def train(
         evaluator.run()
         figures.note(trainer)
         trainer.run()
-    except Exception as error:
-        raise find_input_error(error) or error from error
     return figures.stats
 
 

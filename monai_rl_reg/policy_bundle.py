@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.checkpoints import voxel_size_in
 from monai_rl_reg.convolutions import quick_convolutions
-from monai_rl_reg.errors import InputError, find_input_error
+from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.judge import load_judge
 from monai_rl_reg.refinement import FOLD_WEIGHT
@@ -66,6 +66,14 @@ def _read(folder: Path, *configs: Path) -> ConfigParser:
     return parser
 
 
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        what = str(error).splitlines()[0]
+        raise InputError(f"device {name}: expected one that can be computed on, found: {what}") from error
+
+
 class PolicyBundle:
     """The parts of a registration bundle's ``inference.json``, with the weights loaded.
 
@@ -101,9 +109,10 @@ class PolicyBundle:
         if ckpt is not None:
             self.settings["ckpt"] = str(ckpt)
         if device is not None:
+            _check_device(str(device))
             self.settings["device"] = f"$torch.device({str(device)!r})"
         parser = self._parser()
-        try:
+        with bare_input_errors():
             self.device: torch.device = parser.get_parsed_content("device")
             self.ckpt = str(parser.get_parsed_content("ckpt"))
             self.network: nn.Module = parser.get_parsed_content("network").eval()
@@ -115,8 +124,6 @@ class PolicyBundle:
                 if "@evaluator" not in str(line):
                     parser.get_parsed_content(f"run::{i}")
             judge = load_judge(self.ckpt, spatial_dims)
-        except Exception as error:
-            raise find_input_error(error) or error from error
         self.judge = None if judge is None else judge.to(self.device)
         self.anatomy: Anatomy | None = getattr(self.task, "anatomy", None)
         kept = None if self.judge is None else self.judge.witness

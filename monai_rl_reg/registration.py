@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from monai_rl_reg.errors import InputError, find_input_error
+from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.finishing import Correspondence
 from monai_rl_reg.folders import replacing_folder
 from monai_rl_reg.initial import initial_transform
@@ -165,7 +165,7 @@ class Registrar:
         options = options or Options()
         started = time.monotonic()
         bundle = self.bundle(pair.fixed.ndim - 1)
-        try:
+        with bare_input_errors():
             if options.by_label:
                 _check_by_label(bundle, pair)
             given = GivenPair(
@@ -173,8 +173,6 @@ class Registrar:
             )
             initial, kind = initial_transform(given, options.initial)
             working = given.onto_fixed(initial)
-        except Exception as error:
-            raise find_input_error(error) or error from error
         limit = bundle.steps if options.steps is None else options.steps
         total = 2 * bundle.steps if limit == "auto" else int(limit)
         with tqdm(total=total, desc="registering", unit="step", disable=not progress, leave=False) as bar:

@@ -39,6 +39,12 @@ def files(tmp_path: Path) -> Files:
     return files
 
 
+def test_an_exception_that_is_its_own_cause_is_looked_at_once() -> None:
+    error = KeyError("a defect")
+    error.__cause__ = error
+    assert find_input_error(error) is None
+
+
 def failure(run_id: str, *configs: str, **overrides: object) -> str:
     """Run the bundle in this process and return the sentence that it ends with."""
     names = [str(CONFIGS / f"{name}.json") for name in configs]

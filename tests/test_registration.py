@@ -179,6 +179,7 @@ def test_what_is_wrong_is_said() -> None:
         ({"refine": -1.0}, "refine: expected"),
         ({"uncertainty": 1}, "at least 2 rollouts, found 1"),
         ({"bundle": "nowhere"}, "bundle nowhere: expected a folder with configs/inference.json in it, found none"),
+        ({"device": "abacus"}, "device abacus: expected one that can be computed on, found: Expected one of cpu, cuda"),
         ({"ckpt": "nothing.pt"}, "checkpoint nothing.pt: expected a file, found none"),
         ({"by_label": True}, "by label: expected a label of the moving image"),
     ],

@@ -135,7 +135,7 @@ class RegistrationTask(Task):
             expected = f"(B, 2, {', '.join('XYZ'[: self.spatial_dims])})"
             raise ValueError(f"expected image (fixed, moving) of shape {expected}, got {tuple(image.shape)}")
         if min(image.shape[2:]) < 4:
-            raise ValueError(f"expected images of at least 4 voxels in every direction, got {tuple(image.shape[2:])}")
+            raise InputError(f"expected images of at least 4 voxels in every direction, found {tuple(image.shape[2:])}")
         if label is not None and label.shape != image.shape:
             raise ValueError(f"expected labels of the images' shape {tuple(image.shape)}, got {tuple(label.shape)}")
         fixed, moving = image[:, :1].float(), image[:, 1:].float()
