@@ -22,8 +22,9 @@ def replacing_folder(folder: str | Path, ours: Set[str]) -> Iterator[Path]:
     """Yield an empty folder to write files into; they take the place of ``folder``'s when all went well.
 
     A folder that is not there yet appears by one rename; one that is there is exchanged for the new one in one step
-    (Linux), or by two renames. What else lies in it stays. Where folders cannot be renamed (a mount point, the working
-    directory) the files are moved in one by one.
+    (Linux), or by two renames, and its permissions are kept. What else lies in it stays. Where folders cannot be
+    renamed (a mount point, the working directory, a parent that may not be written to) the files are moved in one by
+    one.
 
     Args:
         folder: the output folder.
@@ -38,9 +39,13 @@ def replacing_folder(folder: str | Path, ours: Set[str]) -> Iterator[Path]:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(0, "a file of this name")
         inside = folder.is_dir() and (folder.is_mount() or folder.resolve() == Path.cwd())
+        inside = inside or (folder.is_dir() and not os.access(folder.resolve().parent, os.W_OK | os.X_OK))
         home = folder if inside else folder.resolve().parent
         staging = Path(tempfile.mkdtemp(dir=home, prefix=f".{folder.resolve().name}."))
         staging.chmod(0o777 & ~_umask())
+        if folder.is_dir() and not inside:
+            _take_after(staging, folder)
+        number = staging.stat().st_ino
     except OSError as error:
         raise InputError(
             f"output {folder}: expected a folder that can be written to, found: {error.strerror}"
@@ -54,7 +59,18 @@ def replacing_folder(folder: str | Path, ours: Set[str]) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"output {folder}: expected room to write it, found: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging.exists() and staging.stat().st_ino != number:  # exchanged: it is the folder of before
+            _give_back(staging, folder.resolve(), ours)
+        else:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _take_after(staging: Path, folder: Path) -> None:
+    """Give a folder the permissions of the one whose place it takes, as far as the user may."""
+    with contextlib.suppress(OSError):
+        os.chown(staging, -1, folder.stat().st_gid)
+    with contextlib.suppress(OSError):
+        shutil.copystat(folder, staging)
 
 
 def _swap(staging: Path, folder: Path, ours: Set[str]) -> None:
@@ -66,9 +82,29 @@ def _swap(staging: Path, folder: Path, ours: Set[str]) -> None:
         with contextlib.suppress(OSError):
             os.link(folder / name, staging / name, follow_symlinks=False)
     _exchange(staging, folder)  # from here on ``staging`` has what was there before
-    for name in foreign:
-        if not os.path.lexists(folder / name):
-            (staging / name).rename(folder / name)
+    moved = []
+    try:
+        for name in foreign:
+            if not os.path.lexists(folder / name):
+                (staging / name).rename(folder / name)
+                moved.append(name)
+    except OSError:  # a mount point, or another owner's: all back, and the files one by one
+        for name in moved:
+            (folder / name).rename(staging / name)
+        _exchange(staging, folder)
+        _move_in(staging, folder, ours)
+
+
+def _give_back(old: Path, folder: Path, ours: Set[str]) -> None:
+    """Empty the folder of before: what is not ours and not in its place yet goes there, or stays."""
+    for entry in list(old.iterdir()):
+        with contextlib.suppress(OSError):
+            if entry.name not in ours and not os.path.lexists(folder / entry.name):
+                entry.rename(folder / entry.name)
+            else:
+                entry.unlink()
+    with contextlib.suppress(OSError):
+        old.rmdir()
 
 
 def _exchange(a: Path, b: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from monai_rl_reg import folders
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.registration import FILES, Registration
 
@@ -41,6 +42,66 @@ def test_what_else_lies_in_the_folder_stays_and_old_results_go(registration: Reg
     }
     assert (tmp_path / "out" / "more" / "file").read_text(encoding="utf-8") == "mine too"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_moved_keeps_what_is_in_it(
+    registration: Registration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    registration.save(output, tfm=True)
+    for name in ("able", "mount", "more"):
+        (output / name).mkdir()
+        (output / name / "file").write_text(name)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "mount":
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    replace(registration, landmarks=None).save(output)
+    names = {path.name for path in output.iterdir()}
+    assert names == FILES - {"transform.tfm", "landmarks.csv", "report.html"} | {"able", "mount", "more"}
+    assert all((output / name / "file").read_text() == name for name in ("able", "mount", "more"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interruption_leaves_what_else_lies_in_the_folder(
+    registration: Registration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registration.save(tmp_path / "out")
+    (tmp_path / "out" / "more").mkdir()
+    (tmp_path / "out" / "more" / "file").write_text("mine")
+    exchange = folders._exchange
+
+    def interrupted(a: Path, b: Path) -> None:
+        exchange(a, b)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folders, "_exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        registration.save(tmp_path / "out")
+    assert (tmp_path / "out" / "more" / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o2770])
+def test_permissions_of_the_folder_stay(registration: Registration, tmp_path: Path, mode: int) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(mode)
+    registration.save(tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o7777 == mode
+
+
+def test_a_parent_that_may_not_be_written_to_is_not_needed(
+    registration: Registration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(folders, "_swap", None)  # is not called
+    registration.save(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"transform.tfm", "report.html"}
 
 
 def test_the_working_directory_can_be_the_output(
@@ -87,6 +148,8 @@ def count(function):
 folders.os.link = count(os.link)
 Path.rename = count(Path.rename)
 folders.shutil.rmtree = count(shutil.rmtree)
+Path.unlink = count(Path.unlink)
+Path.rmdir = count(Path.rmdir)
 exchange = folders._exchange
 folders._exchange = count(exchange)
 with folders.replacing_folder(sys.argv[1], {"a", "b"}) as staging:
@@ -98,7 +161,7 @@ with folders.replacing_folder(sys.argv[1], {"a", "b"}) as staging:
 
 def test_a_kill_at_any_moment_leaves_the_old_files_or_the_new_ones(tmp_path: Path) -> None:
     seen = set()
-    for moment in range(1, 9):
+    for moment in range(1, 12):
         folder = tmp_path / f"run{moment}" / "out"
         folder.mkdir(parents=True)
         for name in ("a", "b", "mine"):
