@@ -120,7 +120,14 @@ def register_pairs(
         _check_writable(output / f".writable.{rank}")
         shares: list[Any] = [None] * world
         rows: list[dict[str, Any]] = []
+        if rank == 0:
+            for part in output.glob(PART.format("*")):  # of an earlier run that was killed
+                part.unlink()
+        if world > 1:
+            dist.barrier()
         made_by = {"options": asdict(options), "save": save, "weights": registrar.made_by()}
+        if isinstance(options.initial, str | Path):
+            made_by["initial"] = file_stamp(options.initial)
         work = _work(jobs[rank::world], output, registrar, options, resume, save, made_by)
         written = time.monotonic()
         with tqdm(
@@ -142,7 +149,7 @@ def register_pairs(
             if rank == 0:
                 _write(output / "summary.csv", rows)
         if rank == 0:
-            for part in output.glob(PART.format("*")):  # also of an earlier run that was killed
+            for part in output.glob(PART.format("*")):
                 part.unlink()
         if world > 1:
             dist.barrier()

@@ -126,6 +126,17 @@ def test_the_table_grows_with_the_pairs(
     assert seen == [[], ["0000"], ["0000", "second", "0002"]]
 
 
+def test_rows_of_an_earlier_run_that_was_killed_are_not_in_the_table(
+    pairs: Path, registrar: Registrar, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    _write_share(out, [{"name": "second", "status": "failed", "steps": 99}], [], 1)
+    register_pairs(pairs, out, registrar, QUICK, progress=False)
+    assert [(row["status"], row["steps"]) for row in table(out) if row["name"] == "second"] == [("done", "1")]
+    assert not list(out.glob(".summary*"))
+
+
 def test_the_table_so_far_has_the_rows_of_all_processes(tmp_path: Path) -> None:
     jobs = [{"name": name} for name in "abcd"]
     _write_share(tmp_path, [{"name": "b", "status": "failed"}], jobs, 1)
