@@ -19,6 +19,8 @@ from monai_rl_reg.geometry import identity_grid, reduced, sample, transform_poin
 from monai_rl_reg.nifti import read_image, read_label, replacing
 from monai_rl_reg.policy_bundle import file_stamp
 
+GENERATED = "label_"
+"""What the labels of a map without names are called by, with their values behind it."""
 POINTS = 24
 """Images are compared at this many points in every direction."""
 
@@ -54,12 +56,19 @@ class Case:
         return MetaTensor(renumbered, affine=label.affine, meta=label.meta)
 
 
+def _generated(name: str) -> int | None:
+    """Return N of a name ``label_N``, else None."""
+    number = name.removeprefix(GENERATED)
+    return int(number) if name.startswith(GENERATED) and number.isdecimal() else None
+
+
 def label_names(cases: Sequence[Case], given: str | None = None) -> dict[str, int]:
     """Return the labels' names and values, in ascending order.
 
     Args:
-        cases: gives the names that came with the label maps; where none has names, ``label_1`` and so on, after the
-            values found in them.
+        cases: gives the names that came with the label maps. Where none has names, or some have ``label_1`` or the
+            like, the values in the maps without are called so: ``label_N`` is the value N, however a client that saved
+            it under this name numbered it.
         given: overrules that: a JSON object of names and values, or names separated by commas, for 1, 2, ...
 
     Raises:
@@ -74,12 +83,15 @@ def label_names(cases: Sequence[Case], given: str | None = None) -> dict[str, in
         except (ValueError, TypeError) as error:
             raise InputError(f"labels {given}: expected names and whole numbers in JSON, found {error}") from error
     else:
+        came = {name: value for case in reversed(cases) for name, value in (case.values or {}).items()}
+        numbers = {number for name in came if (number := _generated(name)) is not None}
+        if numbers or not came:
+            numbers = numbers.union(*(_values(case) for case in cases if case.values is None))
+        names = {f"{GENERATED}{number}": number for number in sorted(numbers)}
         for case in cases:
-            for name, value in (case.values or {}).items():
+            for name in case.values or {}:
                 taken = {v for n, v in names.items() if n != name}
-                names.setdefault(name, value if value not in taken else max(taken) + 1)
-        if not names:
-            names = {f"label_{value}": value for value in sorted(set().union(*(_values(c) for c in cases)))}
+                names.setdefault(name, came[name] if came[name] not in taken else max(taken) + 1)
     if len(set(names.values())) < len(names) or "" in names or min(names.values(), default=1) < 1:
         raise InputError(f"labels: expected each name with a whole number of its own from 1 up, found {names}")
     return dict(sorted(names.items(), key=lambda item: item[1]))

@@ -52,7 +52,7 @@ class Draft:
         quality = self.registrations[0].quality
         name = quality["similarity"]
         kept = [f"{name}_before", f"{name}_after", "seen_dice_after", "expected_dice", "expected_dice_range"]
-        kept += ["folded_percent", "steps", "ckpt", "warnings"]
+        kept += ["folded_percent", "steps", "by_label", "ckpt", "warnings"]
         figures: dict[str, Any] = {"atlas": self.atlases[0], "atlases": self.atlases, "correlations": self.correlations}
         figures |= {key: quality[key] for key in kept if key in quality}
         figures |= {"disagreement": self.disagreement, "seconds": round(self.seconds, 3)}

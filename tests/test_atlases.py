@@ -37,6 +37,21 @@ def test_names_come_from_the_labels_else_from_their_values(cohort: Path) -> None
     assert label_names(cases_of(cohort, labelled=0)) == {}
 
 
+def test_names_made_from_values_mean_these_values_however_a_client_numbers_them(cohort: Path) -> None:
+    copied, saved = cases_of(cohort)[:2]
+    saved = Case(saved.name, saved.image, saved.label, {"label_2": 1, "label_1": 2, "cyst": 3})
+    names = label_names([copied, saved])
+    assert names == {"label_1": 1, "label_2": 2, "label_3": 3, "label_4": 4, "cyst": 5}
+    image = read_image(saved.image)
+    own, read = (
+        Case("own", saved.image, saved.label).read_label(image, {"a": 1, "b": 2}),
+        saved.read_label(image, names),
+    )
+    assert torch.equal(read.as_tensor() == 2, own.as_tensor() == 1)
+    assert torch.equal(read.as_tensor() == 1, own.as_tensor() == 2)
+    assert set(label_names([saved])) == {"label_1", "label_2", "cyst"}
+
+
 @pytest.mark.parametrize("given", ["{", '{"a": "x"}', '{"a": 1, "b": 1}', '{"a": 0}', "a,,b"])
 def test_names_that_cannot_be_are_refused(given: str) -> None:
     with pytest.raises(InputError, match="labels"):

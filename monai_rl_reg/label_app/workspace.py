@@ -118,15 +118,18 @@ class Workspace:
         found: dict[str, float] = {}
         fresh: dict[str, Any] = {}
         for image in images if labelled else ():
-            if time.monotonic() - started > seconds:
-                break
+            late = time.monotonic() - started > seconds
+            known = self.store.get_image_info(image).get(DOUBT, {})
+            if late and not known:
+                continue
             try:
                 path = self.case(image).image
                 chosen = propagation.choose(path, labelled, ATLASES)
                 files = [str(weights), *(str(case.label) for case, _ in chosen)]
                 key = [[file, Path(file).stat().st_mtime if Path(file).exists() else 0] for file in files]
-                known = self.store.get_image_info(image).get(DOUBT, {})
                 if known.get("of") != key:
+                    if late:
+                        continue
                     value = propagation.doubt(path, [case for case, _ in chosen], names, count=ATLASES)
                     fresh[image] = known = {"value": round(value, 4), "of": key}
                 found[image] = float(known["value"])
