@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.handlers import CheckpointLoader, CheckpointSaver
+from monai.transforms import Randomizable
+from monai.utils import get_seed
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
@@ -65,7 +67,16 @@ class ResumeTraining(CheckpointLoader):
             return
         self.load_dict["trainer"] = engine
         super().attach(engine)
+        engine.add_event_handler(Events.STARTED, _reseed)
         print(f"Resuming from {self.load_path}")
+
+
+def _reseed(engine: Engine) -> None:
+    """Let the random transforms of the data, which no checkpoint holds, draw other numbers than from the beginning."""
+    dataset = engine.data_loader.dataset  # type: ignore[attr-defined]
+    for transform in (getattr(dataset, name, None) for name in ("transform", "augment")):
+        if isinstance(transform, Randomizable):
+            transform.set_random_state((get_seed() or 0) + engine.state.iteration)
 
 
 class RandomState:
@@ -89,10 +100,17 @@ class RandomState:
         version, python, gauss = state["python"]
         random.setstate((version, tuple(python), gauss))
         name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), int(position), int(has_gauss), cached))
         torch.set_rng_state(state["torch"].cpu())
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        if rank > 0:  # the first process saved its own states: let each other one draw numbers of its own
+            seed = int(torch.randint(2**31, ())) + rank
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
 
 
 class VoxelSize:

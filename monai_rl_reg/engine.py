@@ -12,6 +12,7 @@ from monai.utils import convert_to_tensor
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
+from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.losses import SoftActorCriticLoss
 from monai_rl_reg.replay import ReplayBuffer
 from monai_rl_reg.rollout import rollout
@@ -81,7 +82,11 @@ class ReinforcementUpdate:
         total, transitions = 0.0, 0
         loss.train()
         policy.eval()
-        with torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
+        device = image.device
+        with (
+            torch.autocast(device.type, enabled=engine.amp, **engine.amp_kwargs),
+            quick_convolutions(device, half=False),
+        ):
             final = start = loss.task.reset(image, label)
             for final, transition in rollout(  # noqa: B007
                 policy, loss.task, start, self.steps, sample=loss.reinforcement
@@ -120,10 +125,10 @@ class ReinforcementUpdate:
         return {Keys.LOSS: total.detach(), **{name: value.detach() for name, value in (terms | figures).items()}}
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        # by group, so that a large error of the critics does not shrink the policy's step
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm) for group in optimizer.param_groups
-        ]
+        # by group, so that a large error of the critics does not shrink the policy's step; a group without a gradient
+        # has a norm of 0 on the CPU, wherever the others are
+        groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+        norms = [torch.nn.utils.clip_grad_norm_(group, self.max_grad_norm) for group in groups if group]
         return torch.isfinite(torch.stack(norms)).all()
 
 

@@ -80,7 +80,10 @@ def test_training_with_labels_leaves_what_has_learnt_to_see_them(trained: Path, 
 def test_training_with_labels_resumes(trained_with_labels: Path, cohort: Path, tmp_path: Path) -> None:
     output = shutil.copytree(trained_with_labels, tmp_path / "run")
     settings = SMALL | {"max_epochs": 2, "dataset_dir": cohort, "output_dir": output, "resume": True}
-    result = run_bundle("training", "train", "with_labels", **settings)
+    blank = torch.load(output / "model.pt", weights_only=True)
+    blank["network"] = {key: torch.zeros_like(value) for key, value in blank["network"].items()}
+    torch.save(blank, tmp_path / "blank.pt")  # what the run began with has no say any more
+    result = run_bundle("training", "train", "with_labels", start=tmp_path / "blank.pt", **settings)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (
         torch.load(folder / "checkpoint_final.pt", weights_only=True) for folder in (trained_with_labels, output)
@@ -88,6 +91,8 @@ def test_training_with_labels_resumes(trained_with_labels: Path, cohort: Path, t
     assert second["trainer"]["iteration"] == 2 * first["trainer"]["iteration"]
     moved = [key for key, value in first["anatomy"].items() if not torch.equal(value, second["anatomy"][key])]
     assert moved
+    for key, value in first["network"].items():
+        torch.testing.assert_close(second["network"][key], value, atol=0.05, rtol=0)
     assert second["optimizer"]["param_groups"][-1]["params"]
 
 

@@ -19,6 +19,15 @@ from monai_rl_reg.replay import ReplayBuffer
 from monai_rl_reg.tasks.registration import RegistrationTask
 
 
+def test_a_group_without_gradients_is_left_out_of_clipping_on_any_device() -> None:
+    learnt = torch.nn.Parameter(torch.zeros(2, device="meta"))  # as on CUDA: not where torch makes a norm of nothing
+    learnt.grad = torch.ones(2, device="meta")
+    frozen = torch.nn.Parameter(torch.zeros(2, device="meta"), requires_grad=False)
+    optimizer = torch.optim.SGD([{"params": [learnt]}, {"params": [frozen]}, {"params": []}], lr=0.1)
+    update = ReinforcementUpdate(ReplayBuffer(1, ()), steps=1)
+    assert update._clip(optimizer).device.type == "meta"
+
+
 @pytest.mark.parametrize("amp", [True, False])
 def test_an_update_with_a_gradient_that_is_no_number_is_left_out_in_mixed_precision(amp: bool) -> None:
     task = RegistrationTask(2, field_stride=2)

@@ -1,0 +1,59 @@
+"""What a resumed training goes on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine
+from monai.data import DataLoader, Dataset
+from monai.transforms import Compose, RandGaussianNoise
+from monai.utils import set_determinism
+
+from monai_rl_reg.checkpoints import RandomState, ResumeTraining
+
+
+def test_random_states_come_back_whatever_device_a_checkpoint_is_loaded_to(tmp_path: Path) -> None:
+    torch.save(RandomState().state_dict(), tmp_path / "random.pt")
+    drawn = torch.rand(3)
+    state = torch.load(tmp_path / "random.pt", weights_only=True)
+    state["numpy"][1] = NotHere(state["numpy"][1])
+    RandomState().load_state_dict(state)
+    torch.testing.assert_close(torch.rand(3), drawn)
+
+
+class NotHere(torch.Tensor):
+    """A tensor as on CUDA: numpy takes it only by way of the CPU."""
+
+    def numpy(self, *, force: bool = False) -> object:
+        """Refuse."""
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *args: object, **kwargs: object) -> torch.Tensor:
+        """Return it as it would be there."""
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_resumed_training_does_not_repeat_the_augmentation_of_its_beginning(tmp_path: Path) -> None:
+    def run(folder: Path) -> list[torch.Tensor]:
+        set_determinism(0)
+        transform = Compose([RandGaussianNoise(prob=1.0)])
+        loader = DataLoader(Dataset([torch.zeros(4)], transform), num_workers=0)
+        engine = Engine(lambda engine, batch: batch)
+        engine.data_loader = loader  # type: ignore[attr-defined]
+        seen: list[torch.Tensor] = []
+        resume = ResumeTraining(str(folder), {"random": RandomState()})
+        resume.attach(engine)
+        engine.add_event_handler("EPOCH_COMPLETED", lambda: seen.append(torch.as_tensor(engine.state.output)))
+        engine.run(loader, max_epochs=2)
+        return seen
+
+    first = run(tmp_path)
+    again = run(tmp_path)
+    assert torch.equal(first[0], again[0])
+    done = Engine(lambda engine, batch: None)
+    done.run([0], max_epochs=1)
+    torch.save({"random": RandomState().state_dict(), "trainer": done.state_dict()}, tmp_path / "checkpoint_epoch=1.pt")
+    resumed = run(tmp_path)
+    assert not any(torch.equal(resumed[0], x) for x in first)
+    set_determinism(None)
