@@ -90,9 +90,9 @@ def split_data(
     """Return the data of ``training`` (pairs or cases) and ``validation`` (pairs).
 
     The first of these that is given is used: ``pairs``, ``dataset_dir``, a synthetic cohort made in ``phantom_dir``.
-    Validation takes ``val_pairs``; else pairs among ``val_cases``; else pairs among the last fifth of the cases (at
-    least two), or the last tenth of the rows of ``pairs``. Cases of ``val_pairs`` or ``val_cases`` are left out of
-    training; rows of ``pairs`` alone may share images with each other.
+    Validation takes ``val_pairs``; else pairs among ``val_cases``; else pairs among the last fifth of the cases, of the
+    labelled ones if more than two are (at least two), or the last tenth of the rows of ``pairs``. Cases of
+    ``val_pairs`` or ``val_cases`` are left out of training; rows of ``pairs`` alone may share images with each other.
 
     Args:
         pairs: CSV of training pairs.
@@ -267,6 +267,21 @@ class PairDataset(Dataset[Any]):
         """Number of label values with the background."""
         return len(self.labels) + 1
 
+    @property
+    def structures(self) -> int:
+        """Number of label values, for a training with labels.
+
+        Raises:
+            InputError: if not every case has a label.
+        """
+        if not self.labels:
+            bare = {Path(case["image"]).name for case in self.cases.data if "label" not in case}
+            raise InputError(
+                f"training with labels: expected a label for each of the {len(self.cases)} validation cases, found "
+                f"none for {_listed(bare)} (name others with val_cases or val_pairs)"
+            )
+        return len(self.labels)
+
     def check_labels(self, found: list[set[int]]) -> None:
         """Refuse pairs whose labels do not match: a value that only one image has cannot be compared.
 
@@ -321,7 +336,9 @@ def _stem(path: str) -> str:
 
 def _held_out(cases: list[Case], names: Sequence[str] | None, folder: str) -> list[Case]:
     if names is None:
-        return cases[-max(2, len(cases) // 5) :]
+        labelled = [case for case in cases if "label" in case]
+        pool = labelled if len(labelled) > 2 else cases  # to be judged by, and some left to learn from
+        return pool[-max(2, len(pool) // 5) :]
     wanted = {_stem(name) for name in names}
     held_out = [case for case in cases if _stem(case["image"]) in wanted]
     lacking = wanted - {_stem(case["image"]) for case in held_out}

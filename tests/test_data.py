@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_labels_of_some_cases_only_are_not_used(cohort: Path, caplog: pytest.Log
         pairs = dataset(cases)
     assert "2 of 3 cases" in caplog.text
     assert "label" not in pairs[0]
+
+
+def test_training_with_labels_wants_one_of_every_validation_case(cohort: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(cohort, tmp_path / "cohort")
+    bare = sorted((folder / "labelsTr").iterdir())[-1]
+    bare.unlink()
+    split = split_data(dataset_dir=str(folder))
+    assert bare.name in str(split["training"])
+    assert PairDataset(split["validation"], LoadCased(), MovingToFixedGridd()).structures == 4
+    pairs = split_data(dataset_dir=str(folder), val_cases=[bare.name, "phantom_000"])["validation"]
+    with pytest.raises(InputError, match=r"the 2 validation cases, found none for phantom_000.nii.gz, phantom_005"):
+        PairDataset(pairs, LoadCased(), MovingToFixedGridd()).structures  # noqa: B018
 
 
 def test_images_without_a_label_say_so_where_that_is_allowed(cohort: Path) -> None:
