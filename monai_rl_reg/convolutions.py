@@ -1,4 +1,4 @@
-"""Convolutions as fast as the processor does them, for inference.
+"""Convolutions as fast as the processor does them, where no gradient is asked for.
 
 Where torch meets a batch of one image that is small, it takes its convolutions in single precision for too little work
 to hand to oneDNN (``use_mkldnn`` in ATen/native/Convolution.cpp) and lays every window out in memory instead. Nearly
@@ -23,12 +23,13 @@ def quick_convolutions(device: torch.device, *, half: bool) -> Iterator[None]:
 
     Args:
         device: where the network computes.
-        half: in bfloat16, see :func:`~monai_rl_reg.inferer.half_pays`; else in single precision, which on a CPU is
-            left to oneDNN.
+        half: in bfloat16, see :func:`~monai_rl_reg.inferer.half_pays`; else in the precision that is set already, which
+            on a CPU, where it is single, is left to oneDNN.
     """
-    single = not half and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    mixed = half or torch.is_autocast_enabled(device.type)
+    single = not mixed and device.type == "cpu" and torch.backends.mkldnn.is_available()
     with (
-        torch.autocast(device.type, torch.bfloat16, enabled=half),
+        torch.autocast(device.type, torch.bfloat16) if half else nullcontext(),
         SingleImageMode() if single else nullcontext(),
     ):
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.inferer import FramewiseInferer
+from monai_rl_reg.inferer import FramewiseInferer, clock
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.nifti import replacing
 from monai_rl_reg.pictures import grid, write_picture
@@ -109,11 +108,11 @@ class StepwiseEvaluation:
             for model, (network, steps) in self.models.items():
                 state, seconds = self.task.reset(image, label), 0.0  # type: ignore[arg-type]
                 rows += self._rows(names, model, 0, state, seconds)
-                started = time.perf_counter()
+                started = clock(self.device)
                 for step, state in enumerate(follow(network, self.task, state, steps), start=1):  # noqa: B020
-                    seconds += time.perf_counter() - started
+                    seconds += clock(self.device) - started
                     rows += self._rows(names, model, step, state, seconds)
-                    started = time.perf_counter()
+                    started = clock(self.device)
                 ends.append(state)
             if self.shown and len(gallery) < self.examples:
                 gallery += _examples(self.task.reset(image, label), ends, self.shown)  # type: ignore[arg-type]
@@ -233,10 +232,10 @@ class ClipEvaluation:
         inferer: FramewiseInferer,
     ) -> dict[str, float]:
         stylised, style, closeness = [], [], []
-        started = time.perf_counter()
+        started = clock(self.device)
         for frame in content:
             stylised.append(inferer(frame[None].to(self.device), network))
-        seconds = (time.perf_counter() - started) / len(content)
+        seconds = (clock(self.device) - started) / len(content)
         for frame, result in zip(content, stylised, strict=True):
             state = {"content": frame[None].to(self.device), "stylised": result}
             style.append(float(self.task.style_loss(state)))

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.inferer import StepwiseInferer
+from monai_rl_reg.inferer import StepwiseInferer, clock
 from monai_rl_reg.metrics import folded_percent, log_jacobian_std
 from monai_rl_reg.nifti import replacing, write_displacement, write_image
 from monai_rl_reg.pictures import strip, write_picture
@@ -161,10 +161,10 @@ class EvaluationTable:
         self.rows = []
 
     def _tick(self, engine: Engine) -> None:
-        self._started = time.perf_counter()
+        self._started = clock(engine.state.device)  # type: ignore[attr-defined]
 
     def _tock(self, engine: Engine) -> None:
-        self._seconds = time.perf_counter() - self._started
+        self._seconds = clock(engine.state.device) - self._started  # type: ignore[attr-defined]
 
     def _measure(self, engine: Engine) -> None:
         items: list[Any] = [a | b for a, b in zip(engine.state.batch, engine.state.output, strict=True)]  # type: ignore[arg-type, call-overload]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,9 +22,16 @@ from monai_rl_reg.warping import Warp
 def half_pays(device: str | torch.device) -> bool:
     """Return whether a device has instructions for bfloat16: several times faster, and as accurate for a step field."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public word for it
     return torch.device(device).type == "cpu" and supported is not None and bool(supported())
+
+
+def clock(device: str | torch.device) -> float:
+    """Return the time, in seconds, when a device has done all it was given: CUDA works on by itself."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class StepwiseInferer(Inferer):

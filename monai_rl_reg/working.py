@@ -109,7 +109,11 @@ class GivenPair:
             volumes: dict[str, Any] = {"image": image} | ({"label": labels[role]} if needed[role] else {})
             if spacing is not None:
                 volumes = {key: _coarsen(volume, spacing, key) for key, volume in volumes.items()}
+                if "label" in volumes and not (volumes["label"] > 0).any():  # too small for this grid
+                    del volumes["label"]
             self.cases[role] = transform(volumes)
+        self.labelled = self.labelled and all("label" in case for case in self.cases.values())
+        self.by_label = self.by_label and "label" in self.cases["moving"]
         self._looks: dict[Any, Tensor] = {}
 
     def onto_fixed(self, initial: WorldTransform) -> WorkingPair:

@@ -85,4 +85,4 @@ def test_other_precisions_and_half_are_left_alone() -> None:
     with quick_convolutions(image.device, half=True):
         assert block(image).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16), quick_convolutions(image.device, half=False):
-        assert block(image).dtype == torch.float32
+        assert block(image).dtype == torch.bfloat16

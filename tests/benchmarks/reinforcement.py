@@ -1,23 +1,27 @@
 """What reinforcement is worth: the task loss alone against soft actor-critic, at equal time, over several seeds.
 
-    python tests/benchmarks/reinforcement.py --dataset_dir Task04_Hippocampus --val_pairs PAIRS.csv --minutes 10
+    python tests/benchmarks/reinforcement.py --dataset_dir Task04_Hippocampus --val_pairs PAIRS.csv --minutes 10 \
+      [--anatomy_ckpt bundles/rl_reg/models/model.pt]
 
 Trains ``bundles/rl_reg`` once for each arm and seed (a training that is complete is not run again) and judges the last
 policy on the validation pairs: with every fixed number of steps; with the best of K plans of every step, chosen by the
-critic or by the similarity, or their mean action; and stopping where critic or similarity promise little. A stop is
-judged at the threshold with the fewest mean steps among those that reach the Dice of ``--steps`` fixed ones. The
-thresholds are chosen on the pairs that judge them: a bound on what a stop can give rather than an estimate. Writes
-``reinforcement.csv``, ``reinforcement.md`` and ``reinforcement.png``: predicted against realised return, and Dice
-against mean steps.
+critic or by the similarity, or their mean action; and stopping where critic or similarity promise little. With
+``--anatomy_ckpt`` the policies learn from labels, by the structures that these weights see, whose soft Dice takes the
+similarity's place. A stop is judged at the threshold with the fewest mean steps among those that reach the Dice of
+``--steps`` fixed ones. The thresholds are chosen on the pairs that judge them: a bound on what a stop can give rather
+than an estimate. Writes ``reinforcement.csv``, ``reinforcement.md`` and ``reinforcement.png``: predicted against
+realised return, and Dice against mean steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import subprocess
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,21 +33,32 @@ import torch  # noqa: E402
 from monai.bundle import ConfigParser  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from monai_rl_reg.convolutions import quick_convolutions  # noqa: E402
+from monai_rl_reg.inferer import half_pays  # noqa: E402
 from monai_rl_reg.metrics import mean_label_dice  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "rl_reg" / "configs"
 ARMS = {"task loss alone": "false", "with reinforcement": "true"}
 HORIZON = 8
 PLANS = 6
-HALF = torch.autocast("cpu", torch.bfloat16)
-"""For the networks alone: the fields stay in fp32."""
+
+
+def quick() -> AbstractContextManager[None]:
+    """For the networks alone: the fields stay in fp32."""
+    return quick_convolutions(torch.device("cpu"), half=half_pays("cpu"))
+
+
+def configs(options: argparse.Namespace) -> list[str]:
+    """Return the bundle's configurations to train by."""
+    names = ["train.json"] if options.anatomy_ckpt is None else ["train.json", "with_labels.json"]
+    return [str(CONFIGS / name) for name in names]
 
 
 def train(folder: Path, reinforcement: str, seed: int, options: argparse.Namespace) -> Path:
     """Train one policy in a process of its own, if that has not been done; return its last checkpoint."""
     ckpt = folder / "checkpoint_final.pt"
     if not ckpt.is_file():
-        command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", f"{CONFIGS}/train.json"]
+        command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(configs(options))]
         settings = dict(setting.split("=", 1) for setting in options.set)
         settings |= {
             "dataset_dir": options.dataset_dir,
@@ -54,8 +69,10 @@ def train(folder: Path, reinforcement: str, seed: int, options: argparse.Namespa
             "val_interval": "4",
             "reinforcement": reinforcement,
             "seed": str(seed),
-            "amp": "true",
+            "amp": "@half",
         }
+        if options.anatomy_ckpt is not None:
+            settings["anatomy_ckpt"] = options.anatomy_ckpt
         with open(folder.with_suffix(".log"), "w") as log:
             arguments = [x for key, value in settings.items() for x in (f"--{key}", value)]
             subprocess.run([*command, *arguments], stdout=log, stderr=log, check=True)
@@ -67,10 +84,11 @@ class Judge:
 
     def __init__(self, ckpt: Path, options: argparse.Namespace) -> None:
         parser = ConfigParser()
-        parser.read_config(str(CONFIGS / "train.json"))
+        parser.read_config(configs(options))
         for key, value in (setting.split("=", 1) for setting in options.set):
-            parser[key] = value if value in ("true", "false") else float(value) if "." in value else int(value)
+            parser[key] = json.loads(value)
         parser["dataset_dir"], parser["val_pairs"] = options.dataset_dir, options.val_pairs
+        parser["anatomy_ckpt"] = options.anatomy_ckpt
         parser["device"] = "$torch.device('cpu')"
         parser.get_parsed_content("imports", eval_expr=True)
         self.task = parser.get_parsed_content("task").eval()
@@ -85,9 +103,12 @@ class Judge:
         moved = self.task.warp_label(label[:, 1:].float(), self.task.output(state)).round()
         return float(mean_label_dice(moved, label[:, :1]))
 
-    def ncc(self, state: dict[str, Tensor]) -> float:
-        """Return the local NCC of the moved image."""
-        return float(self.task.similarity(state["moved"], state["fixed"]))
+    def likeness(self, state: dict[str, Tensor]) -> float:
+        """Return the local NCC of the moved image, or the soft Dice of the structures seen."""
+        if self.task.anatomy is None:
+            return float(self.task.similarity(state["moved"], state["fixed"]))
+        moved, fixed = (state[f"{role}_anatomy"].flatten(2) for role in ("moved", "fixed"))
+        return float((2 * (moved * fixed).sum(2) / (moved + fixed).sum(2)).mean())
 
     def value(self, observation: Tensor, plan: Tensor) -> Tensor:
         """Return the smaller critic's value of plans in one state."""
@@ -98,17 +119,18 @@ class Judge:
         """Return what one pair gives: Dice after every step, values, and the Dice of every choice among plans."""
         item = self.data[number]
         image, label = item["image"].as_tensor()[None], item["label"].as_tensor()[None]
-        state = start = self.task.reset(image)
-        row: dict[str, Any] = {"dice": [self.dice(start, label)], "ncc": [self.ncc(start)], "value": []}
+        with quick():
+            state = start = self.task.reset(image)
+        row: dict[str, Any] = {"dice": [self.dice(start, label)], "likeness": [self.likeness(start)], "value": []}
         for _ in range(HORIZON):
             observation = self.task.observe(state)
-            with HALF:
+            with quick():
                 plan, action = self.policy.decide(observation)
                 row["value"].append(float(self.value(observation, plan)[0]))
             state = self.task.advance(state, action)
             row["dice"].append(self.dice(state, label))
-            row["ncc"].append(self.ncc(state))
-        for choice in ("critic", "ncc", "mean", "random"):
+            row["likeness"].append(self.likeness(state))
+        for choice in ("critic", "likeness", "mean", "random"):
             state = start
             for _ in range(self.steps):
                 state = self._choose(choice, state)
@@ -118,16 +140,16 @@ class Judge:
 
     def _choose(self, choice: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         observation = self.task.observe(state)
-        with HALF:
+        with quick():
             drawn = [self.policy.sample(observation) for _ in range(1 if choice == "random" else PLANS)]
         plans, actions = torch.cat([x[0] for x in drawn]), [x[2] for x in drawn]
         after: dict[str, Tensor]
         if choice == "critic":
-            with HALF:
+            with quick():
                 best = int(self.value(observation, plans).argmax())
             after = self.task.advance(state, actions[best])
-        elif choice == "ncc":
-            after = max((self.task.advance(state, action) for action in actions), key=self.ncc)
+        elif choice == "likeness":
+            after = max((self.task.advance(state, action) for action in actions), key=self.likeness)
         else:
             after = self.task.advance(state, torch.stack(actions).mean(0))
         return after
@@ -141,14 +163,14 @@ class Judge:
 def stopping(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """Return (mean steps, mean Dice) for every threshold of a stop.
 
-    ``value`` stops before the first step whose value is under the threshold, ``ncc`` after the first that gained less;
-    ``oracle`` does so before the first step whose gain in Dice, which nobody knows, will be less.
+    ``value`` stops before the first step whose value is under the threshold, ``likeness`` after the first that gained
+    less; ``oracle`` does so before the first step whose gain in Dice, which nobody knows, will be less.
     """
     dice = np.array([row["dice"] for row in rows])
     if key == "value":
         signal = np.array([row["value"] for row in rows])
-    elif key == "ncc":
-        gain = np.diff([row["ncc"] for row in rows], axis=1)
+    elif key == "likeness":
+        gain = np.diff([row["likeness"] for row in rows], axis=1)
         signal = np.concatenate([np.full((len(rows), 1), np.inf), gain[:, :-1]], axis=1)
     else:
         signal = np.diff(dice, axis=1)
@@ -164,10 +186,10 @@ def summary(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Return the figures of one training."""
     dice = np.array([row["dice"] for row in rows]).mean(0)
     figures = {f"Dice after {n}": float(dice[n]) for n in (1, steps, HORIZON)}
-    for key in ("value", "ncc", "oracle"):
+    for key in ("value", "likeness", "oracle"):
         enough = [taken for taken, reached in stopping(rows, key) if reached >= dice[steps] - 5e-5]
         figures[f"mean steps, stop by {key}"] = min(enough, default=float("nan"))
-    for key in ("critic", "ncc", "mean", "random"):
+    for key in ("critic", "likeness", "mean", "random"):
         figures[f"Dice, plans: {key}"] = float(np.mean([row[f"best by {key}"] for row in rows]))
     figures["deviation of Dice among plans"] = float(np.mean([row["spread"] for row in rows]))
     predicted, realised = returns(rows)
@@ -197,9 +219,9 @@ def plot(found: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     for (arm, seeds), colour in zip(found.items(), ("grey", "black"), strict=True):
         dice = np.mean([np.mean([row["dice"] for row in rows], axis=0) for rows in seeds], axis=0)
         right.plot(range(len(dice)), dice, marker="o", color=colour, label=f"{arm}, fixed steps")
-    for key, colour in (("value", "tab:red"), ("ncc", "tab:blue"), ("oracle", "tab:green")):
+    for key, colour in (("value", "tab:red"), ("likeness", "tab:blue"), ("oracle", "tab:green")):
         curve = np.mean([stopping(rows, key) for rows in found["with reinforcement"]], axis=0)
-        name = {"value": "stop by critic", "ncc": "stop by NCC", "oracle": "stop by the gain itself"}[key]
+        name = {"value": "stop by critic", "likeness": "stop by likeness", "oracle": "stop by the gain itself"}[key]
         right.plot(curve[:, 0], curve[:, 1], color=colour, label=name)
     low = min(np.mean([row["dice"][1] for row in rows]) for seeds in found.values() for rows in seeds)
     right.set(xlabel="mean steps", ylabel="mean Dice", ylim=(low - 0.01, None), xlim=(0.8, HORIZON))
@@ -215,6 +237,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="of each training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="the fixed number that the others are compared with")
+    parser.add_argument("--anatomy_ckpt", help="weights that see the labelled structures: learn from labels")
     parser.add_argument("--set", nargs="*", default=[], help="settings of the bundle, such as unroll=3")
     parser.add_argument("--output", default="output/reinforcement")
     options = parser.parse_args()
