@@ -22,7 +22,7 @@ from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.checkpoints import fill_weights, load_checkpoint
 from monai_rl_reg.data import read_pairs
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.nifti import replacing
+from monai_rl_reg.nifti import read_image, replacing
 
 NEAREST = 50
 """Known registrations that answer for one whose Dice is not known."""
@@ -146,7 +146,8 @@ def calibrate(
 
     rows = read_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
     registrar = Registrar(bundle=bundle, ckpt=ckpt, device=device)
-    policy = registrar.bundle()
+    dimensions = read_image(rows[0]["fixed"], spatial_dims=None).ndim - 1
+    policy = registrar.bundle(dimensions)
     bears = None if policy.judge is None else policy.judge.witness
     policy.judge = None
     if witness is not None:
@@ -154,7 +155,7 @@ def calibrate(
         weights = weights.get("anatomy", weights)
         if "structures" not in weights:
             raise InputError(f"witness {witness}: expected weights of a training with labels, found others")
-        policy.witness = bears = _witness(_halved(weights), witness, 3).to(policy.device)  # as it will be kept
+        policy.witness = bears = _witness(_halved(weights), witness, dimensions).to(policy.device)  # as kept
     elif policy.witness is None:
         raise InputError(f"checkpoint {ckpt}: it sees no structures itself; expected a witness that does, found none")
     seen, true = [], []

@@ -19,7 +19,9 @@ from monai_rl_reg.command_line import main
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import grid_points, reduced, sample
 from monai_rl_reg.judge import NEAREST, WIDER, Judge, calibrate, load_judge
+from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.nifti import read_image
+from monai_rl_reg.phantoms import make_cohort
 from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE, PolicyBundle
 from monai_rl_reg.quality import warnings_about
 from monai_rl_reg.registration import register
@@ -119,6 +121,17 @@ def witnessed(cohort: Path) -> tuple[PolicyBundle, MetaTensor, MetaTensor]:
     files = [str(cohort / "imagesTr" / f"phantom_{i:03d}.nii.gz") for i in (0, 1)]
     fixed, moving = (read_image(file) for file in files)
     return bundle, fixed, moving
+
+
+def test_weights_for_two_dimensions_get_a_judge_too(tmp_path: Path) -> None:
+    cohort = make_cohort(tmp_path / "cohort", count=6, size=24, spatial_dims=2)
+    policy = PlannerActor(2, 2, 2, channels=(16, 32, 64, 64), plan_channels=64, action_bound=2.5, action_stride=2)
+    ckpt, witness = str(tmp_path / "model.pt"), str(tmp_path / "witness.pt")
+    torch.save({"network": policy.state_dict()}, ckpt)
+    torch.save({"anatomy": Anatomy(2, 4).state_dict()}, witness)
+    judge = calibrate(write_pairs(tmp_path / "pairs.csv", cohort, 12), ckpt, witness=witness, device="cpu")
+    assert len(judge.seen) == 12 * 6
+    assert load_judge(ckpt, 2) is not None
 
 
 def test_the_witness_sees_each_image_as_it_was_given(

@@ -1,4 +1,4 @@
-"""What reinforcement is worth: the task loss alone against soft actor-critic, at equal time, over several seeds.
+"""What reinforcement is worth: the task loss alone against soft actor-critic, at equal time or updates; several seeds.
 
     python tests/benchmarks/reinforcement.py --dataset_dir Task04_Hippocampus --val_pairs PAIRS.csv --minutes 10 \
       [--anatomy_ckpt bundles/rl_reg/models/model.pt]
@@ -64,13 +64,14 @@ def train(folder: Path, reinforcement: str, seed: int, options: argparse.Namespa
             "dataset_dir": options.dataset_dir,
             "val_pairs": options.val_pairs,
             "output_dir": str(folder),
-            "minutes": str(options.minutes),
-            "max_epochs": "1000",
+            "max_epochs": str(options.epochs),
             "val_interval": "4",
             "reinforcement": reinforcement,
             "seed": str(seed),
             "amp": "@half",
         }
+        if options.minutes is not None:
+            settings["minutes"] = str(options.minutes)
         if options.anatomy_ckpt is not None:
             settings["anatomy_ckpt"] = options.anatomy_ckpt
         with open(folder.with_suffix(".log"), "w") as log:
@@ -234,7 +235,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_dir", required=True)
     parser.add_argument("--val_pairs", required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="of each training")
+    parser.add_argument("--minutes", type=float, help="of each training")
+    parser.add_argument(
+        "--epochs", type=int, default=1000, help="of each training: equal updates instead of equal time"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="the fixed number that the others are compared with")
     parser.add_argument("--anatomy_ckpt", help="weights that see the labelled structures: learn from labels")
@@ -260,7 +264,8 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["arm", "seed", *table["with reinforcement"][0]])
         writer.writerows([arm, seed, *figures.values()] for arm in table for seed, figures in enumerate(table[arm]))
-    lines = [f"{date.today()}, {options.seeds} seeds, {options.minutes:g} minutes each", ""]
+    budget = f"{options.epochs} epochs" if options.minutes is None else f"{options.minutes:g} minutes"
+    lines = [f"{date.today()}, {options.seeds} seeds, {budget} each", ""]
     lines += ["| mean (lowest to highest seed) | " + " | ".join(ARMS) + " |", "| --- | --- | --- |"]
     for key in table["with reinforcement"][0]:
         cells = [[figures[key] for figures in table[arm]] for arm in ARMS]
