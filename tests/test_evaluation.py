@@ -110,7 +110,7 @@ def test_rows_and_means_are_those_computed_by_hand(tmp_path: Path) -> None:
 
 def test_seconds_grow_with_the_steps_and_are_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(second) for second in range(100))
-    monkeypatch.setattr("monai_rl_reg.evaluation.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("monai_rl_reg.evaluation.clock", lambda device: next(clock))
     models: Any = {"policy": (Approach(0.5), 3)}
     StepwiseEvaluation(NumberTask(), batches([1.0, 2.0], None), models, figures(), str(tmp_path)).run()
     seconds = [(r["steps"], float(r["seconds"])) for r in read(tmp_path) if r["image"] == "n0"]
