@@ -120,13 +120,9 @@ def register_pairs(
         _check_writable(output / f".writable.{rank}")
         shares: list[Any] = [None] * world
         rows: list[dict[str, Any]] = []
-        if rank == 0:
-            for part in output.glob(PART.format("*")):  # of an earlier run that was killed
-                part.unlink()
-        if world > 1:
-            dist.barrier()
+        _drop_shares(output, rank, world)  # of an earlier run that was killed
         made_by = {"options": asdict(options), "save": save, "weights": registrar.made_by()}
-        if isinstance(options.initial, str | Path):
+        if isinstance(options.initial, str | Path) and Path(options.initial).is_file():
             made_by["initial"] = file_stamp(options.initial)
         work = _work(jobs[rank::world], output, registrar, options, resume, save, made_by)
         written = time.monotonic()
@@ -148,11 +144,7 @@ def register_pairs(
             rows = [shares[i % world][i // world] for i in range(len(jobs))]
             if rank == 0:
                 _write(output / "summary.csv", rows)
-        if rank == 0:
-            for part in output.glob(PART.format("*")):
-                part.unlink()
-        if world > 1:
-            dist.barrier()
+        _drop_shares(output, rank, world)
     return rows
 
 
@@ -245,6 +237,15 @@ def _write_share(output: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[di
         with open(part, newline="", encoding="utf-8") as file:
             known |= {row["name"]: row for row in csv.DictReader(file)}
     _write(output / "summary.csv", [known[job["name"]] for job in jobs if job["name"] in known])
+
+
+def _drop_shares(output: Path, rank: int, world: int) -> None:
+    """Remove what the processes but the first have written so far; none goes on before it is gone."""
+    if rank == 0:
+        for part in output.glob(PART.format("*")):
+            part.unlink()
+    if world > 1:
+        dist.barrier()
 
 
 @contextlib.contextmanager

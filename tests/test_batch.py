@@ -72,7 +72,9 @@ def test_a_folder_and_a_row_a_pair(pairs: Path, registrar: Registrar, tmp_path: 
     assert (out / "0003" / "moved_label.nii.gz").exists()
 
 
-def test_resume_skips_what_is_complete(pairs: Path, registrar: Registrar, tmp_path: Path) -> None:
+def test_resume_skips_what_is_complete(
+    pairs: Path, registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     before = register_pairs(pairs, out, registrar, QUICK, progress=False)
     kept = out / "0000" / "quality.json"
@@ -80,6 +82,7 @@ def test_resume_skips_what_is_complete(pairs: Path, registrar: Registrar, tmp_pa
     (out / "second" / "quality.json").unlink()  # as if it had never been finished
     text = pairs.read_text(encoding="utf-8").replace("2.nii.gz,0.nii.gz,,0_label", "2.nii.gz,1.nii.gz,,1_label")
     pairs.write_text(text)  # another pair of this name
+    monkeypatch.chdir(tmp_path)  # wherever it goes on from
     after = register_pairs(pairs, out, registrar, QUICK, resume=True, progress=False)
     assert kept.stat().st_mtime_ns == stamp
     assert (out / "second" / "quality.json").exists()
