@@ -93,9 +93,8 @@ class GivenPair:
         self.bundle = bundle
         self.given = {"fixed": fixed, "moving": moving}
         labels = {"fixed": fixed_label, "moving": moving_label}
-        self.labelled = fixed_label is not None and moving_label is not None
-        self.by_label = by_label and moving_label is not None
-        needed = {"fixed": self.labelled, "moving": self.labelled or self.by_label}
+        both = fixed_label is not None and moving_label is not None
+        needed = {"fixed": both, "moving": both or (by_label and moving_label is not None)}
         pixdim = bundle.pixdim if bundle.pixdim is not None else _trained_at(bundle, fixed)
         spacing = _too_fine(fixed, pixdim, MOST_VOXELS)
         self.coarsened = spacing is not None
@@ -112,8 +111,8 @@ class GivenPair:
                 if "label" in volumes and not (volumes["label"] > 0).any():  # too small for this grid
                     del volumes["label"]
             self.cases[role] = transform(volumes)
-        self.labelled = self.labelled and all("label" in case for case in self.cases.values())
-        self.by_label = self.by_label and "label" in self.cases["moving"]
+        self.labelled = all("label" in case for case in self.cases.values())
+        self.by_label = by_label and "label" in self.cases["moving"]
         self._looks: dict[Any, Tensor] = {}
 
     def onto_fixed(self, initial: WorldTransform) -> WorkingPair:
@@ -168,14 +167,12 @@ class GivenPair:
     def _recognise(self, looked: Tensor, box: tuple[slice, ...]) -> dict[int, int]:
         """Find the structures of :meth:`_look` among the moving label's values, by where they lie: values are free."""
         label, seen = self.cases["moving"]["label"].as_tensor()[0][box], looked.argmax(0)[box]
-        found = {}
-        for value in sorted(int(v) for v in torch.unique(label[label > 0])):
-            region = label == value
-            k = int(torch.bincount(seen[region], minlength=2)[1:].argmax()) + 1
-            overlap = 2 * (region & (seen == k)).sum() / (region.sum() + (seen == k).sum())
-            if overlap >= LEAST_OVERLAP:  # over one half, so of one value at most
-                found[k] = value
-        return found
+        values, index = torch.unique(label, return_inverse=True)
+        shape = len(values), len(looked)
+        counts = torch.bincount((index * shape[1] + seen).flatten(), minlength=shape[0] * shape[1]).reshape(shape)
+        overlaps = 2 * counts / (counts.sum(0) + counts.sum(1, keepdim=True))
+        same = overlaps >= LEAST_OVERLAP  # over two thirds: of one structure and one value at most
+        return {k: int(values[i]) for i, k in same.nonzero().tolist() if k > 0 and values[i] > 0}
 
     def _labelled(self, looked: Tensor, recognised: dict[int, int]) -> Tensor:
         label, known = self.cases["moving"]["label"].as_tensor()[0], looked.clone()

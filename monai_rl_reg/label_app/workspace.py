@@ -14,7 +14,7 @@ from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from monai_rl_reg.atlases import Case, CommonSpace, label_names
-from monai_rl_reg.errors import InputError, find_input_error
+from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.label_propagation import LabelPropagation
 from monai_rl_reg.label_training import LATEST, Weights
 from monai_rl_reg.nifti import read_image, read_label
@@ -159,9 +159,7 @@ class Workspace:
 def http_errors() -> Iterator[None]:
     """Turn an :class:`InputError` into an HTTP error, status 400, with its sentence."""
     try:
-        yield
-    except Exception as error:
-        found = find_input_error(error)
-        if found is None:
-            raise
-        raise HTTPException(400, str(found)) from error
+        with bare_input_errors():
+            yield
+    except InputError as error:
+        raise HTTPException(400, str(error)) from error
