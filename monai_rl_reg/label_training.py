@@ -182,10 +182,11 @@ def train(
             handler["_disabled_"] = True
     with bare_input_errors():
         prepare_output(str(folder))
-        trainer, evaluator = (parser.get_parsed_content(i) for i in ("train::trainer", "validate::evaluator"))
         network, anatomy = (parser.get_parsed_content(i) for i in ("network", "anatomy"))
         if began is not None:
             load_policy(network, str(began), anatomy=anatomy, map_location=parser.get_parsed_content("device"))
+        # after the weights are there: what is validated is a copy of the network
+        trainer, evaluator = (parser.get_parsed_content(i) for i in ("train::trainer", "validate::evaluator"))
         parser.get_parsed_content("validate::early_stop").set_trainer(trainer)
         figures = _Figures(folder / "stats.json", parser.get_parsed_content("training_time"), evaluator, tell)
         figures.stats |= {"images": len(cases), "labelled": count}
