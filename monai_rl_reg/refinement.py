@@ -1,4 +1,4 @@
-"""Refinement of one pair: from the policy's field, gradient descent on the task's own loss."""
+"""Refinement of one pair: more steps from the policy's field, by gradient descent on the task's own loss."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.losses import DiffusionLoss
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
+from monai_rl_reg.geometry import compose
 from monai_rl_reg.tasks.registration import RegistrationTask
-from monai_rl_reg.tasks.task import Act, State, Task
+from monai_rl_reg.tasks.task import Act, State
 
 LEARNING_RATE = 0.1
 """Of Adam in the first iteration, in voxels of the field's grid: about the most that a voxel moves in it."""
 HALVED_AFTER = 20
 """Iterations after which the learning rate is half of that, a third after twice as many, and so on."""
+ITERATIONS_A_STEP = 15
+"""After so many iterations the step is composed onto the field, and another one begins."""
 FOLD_WEIGHT = 10.0
 """Of the task loss's term against folds, where the task itself has none or a smaller one."""
 PROXIMITY = 10.0
@@ -32,9 +34,9 @@ class Refinement:
     """The best state that a refinement met, and how it came there.
 
     Attributes:
-        state: the start, or it with a better field; never one with a higher loss.
-        loss_before: of the start.
-        loss_after: of the state.
+        state: the start, or it with a better field; no step was taken that did not lower the loss.
+        loss_before: of no step from the start.
+        loss_after: of the last step.
         iterations: of gradient descent.
         seconds: wall time.
     """
@@ -47,7 +49,7 @@ class Refinement:
 
 
 def refine(
-    task: Task,
+    task: RegistrationTask,
     state: State,
     act: Act,
     *,
@@ -55,11 +57,17 @@ def refine(
     iterations: int | None = None,
     proximity: float = 0.0,
 ) -> Refinement:
-    """Compose one more step onto a state's field, found by Adam on the task's loss and how long and rough the step is.
+    """Compose more steps onto a state's field, each found by Adam on the task's loss.
 
-    It minimises over the step a::
+    A step a from the field D minimises the task's loss, but with the smoothness of the step alone, and how far and
+    roughly the field leaves the first one::
 
-        J_task(a) + proximity * (mean |a|^2 + mean |grad a|^2)
+        J_task(a) - smoothness_weight (mean |grad D'|^2 - mean |grad a|^2)
+            + proximity (mean |D' - D_0|^2 + mean |grad (D' - D_0)|^2),    D' = a composed onto D
+
+    So the field gives way as a fluid does, to what the images ask of it again and again, where the smoothness of the
+    whole field would hold back what is far already, as an elastic does (G. E. Christensen et al., Deformable templates
+    using large deformation kinematics, IEEE Transactions on Image Processing 1996).
 
     Stops at the first of both limits; the iteration under way ends, so that time may run over by one.
 
@@ -77,39 +85,47 @@ def refine(
     if seconds == math.inf and iterations is None:
         raise ValueError("expected a limit: seconds or iterations")
     started = time.monotonic()
-    action = torch.zeros_like(state["displacement"])
-    best, best_loss, first, done = action.clone(), math.inf, math.inf, 0
-    roughness = DiffusionLoss()
-    with torch.enable_grad():
-        action.requires_grad_()
-        rate = LEARNING_RATE / (1 + proximity)  # a steeper bowl, a shorter step
-        optimiser = torch.optim.Adam([action], lr=rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 1 / (1 + done / HALVED_AFTER))
-        while True:
-            loss = torch.stack(list(task.loss(state, action, act).values())).sum()
-            if proximity > 0:
-                loss = loss + proximity * (action.square().sum(1).mean() + roughness(action))
-            value = float(loss.detach())
-            first = value if done == 0 else first
-            if value < best_loss:
-                best, best_loss = action.detach().clone(), value
-            if time.monotonic() - started >= seconds or (iterations is not None and done >= iterations):
-                break
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            done += 1
-    with torch.no_grad():
-        refined = task.advance(state, best) if best.any() else state
-    return Refinement(refined, first, best_loss, done, time.monotonic() - started)
+    start = state["displacement"]
+    first, done, least, over = math.inf, 0, math.inf, False
+    while not over:
+        action = torch.zeros_like(start)
+        best = action
+        with torch.enable_grad():
+            action.requires_grad_()
+            rate = LEARNING_RATE / (1 + proximity)  # a steeper bowl, a shorter step
+            optimiser = torch.optim.Adam([action], lr=rate)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 1 / (1 + done / HALVED_AFTER))
+            for iteration in range(ITERATIONS_A_STEP + 1):
+                terms = task.loss(state, action, act)
+                terms["smoothness"] = task.smoothness_weight * task.smoothness(action)
+                if proximity > 0:
+                    away = compose(state["displacement"], action, task.warp) - start
+                    terms["proximity"] = proximity * (away.square().sum(1).mean() + task.smoothness(away))
+                loss = torch.stack(list(terms.values())).sum()
+                value = float(loss.detach())
+                first = min(first, value) if done == 0 else first
+                if value < least:
+                    best, least = action.detach().clone(), value
+                over = time.monotonic() - started >= seconds or (iterations is not None and done >= iterations)
+                if over or iteration == ITERATIONS_A_STEP:
+                    break
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                done += 1
+        if not best.any():
+            break
+        with torch.no_grad():
+            state = task.advance(state, best)
+    return Refinement(state, first, least, done, time.monotonic() - started)
 
 
 class RefineDisplacementd(MapTransform):
     """Refine a displacement field by the registration task's loss, as a transform of MONAI's ``Compose``.
 
     Reads the pair, ``image`` (2, *spatial), fixed and moving scaled to [0, 1], and improves the fields (d, *spatial)
-    in voxels of the same grid that the keys name, in place. A field is never made worse by the loss.
+    in voxels of the same grid that the keys name, in place, as :func:`refine` does.
 
     Args:
         keys: of the fields.
