@@ -27,6 +27,8 @@ FOLD_WEIGHT = 10.0
 """Of the task loss's term against folds, where the task itself has none or a smaller one."""
 PROXIMITY = 10.0
 """For a policy that knows more than the loss says: one that sees structures."""
+MOST_HALVED = 64
+"""A step that brings nothing is tried again at half the rate; below this part of the first, descent has ended."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,12 @@ def refine(
     started = time.monotonic()
     start = state["displacement"]
     first, done, least, over = math.inf, 0, math.inf, False
+    rate = LEARNING_RATE / (1 + proximity)  # a steeper bowl, a shorter step
     while not over:
         action = torch.zeros_like(start)
         best = action
         with torch.enable_grad():
             action.requires_grad_()
-            rate = LEARNING_RATE / (1 + proximity)  # a steeper bowl, a shorter step
             optimiser = torch.optim.Adam([action], lr=rate)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: 1 / (1 + done / HALVED_AFTER))
             for iteration in range(ITERATIONS_A_STEP + 1):
@@ -115,7 +117,10 @@ def refine(
                 schedule.step()
                 done += 1
         if not best.any():
-            break
+            rate /= 2
+            if rate < LEARNING_RATE / (1 + proximity) / MOST_HALVED:
+                break
+            continue
         with torch.no_grad():
             state = task.advance(state, best)
     return Refinement(state, first, least, done, time.monotonic() - started)
