@@ -49,9 +49,6 @@ class Anatomy(nn.Module):
             filters=list(channels),
             norm_name="instance",
         )
-        # an image of one channel does not say how its channels lie, so the weights have to: else all layers lay them
-        # apart, and take a quarter longer
-        self.unet.to(memory_format=torch.channels_last_3d if spatial_dims == 3 else torch.channels_last)
         self.dice_cross_entropy = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
-"""Convolutions, and what lies between them, as fast as the processor does them, where no gradient is asked for.
+"""Convolutions as fast as the processor does them, where no gradient is asked for.
 
 Where torch meets a batch of one image that is small, it takes its convolutions in single precision for too little work
 to hand to oneDNN (``use_mkldnn`` in ATen/native/Convolution.cpp) and lays every window out in memory instead. Nearly
 all layers of a registration are such: a pair took three to four times as long.
-
-And torch's instance normalisation copies an image whose channels lie beside each other, there and back. Of a single
-image it is the same as batch normalisation, which takes either.
 """
 
 from __future__ import annotations
@@ -30,35 +27,22 @@ def quick_convolutions(device: torch.device, *, half: bool) -> Iterator[None]:
             on a CPU, where it is single, is left to oneDNN.
     """
     mixed = half or torch.is_autocast_enabled(device.type)
-    single = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    single = not mixed and device.type == "cpu" and torch.backends.mkldnn.is_available()
     with (
         torch.autocast(device.type, torch.bfloat16) if half else nullcontext(),
-        SingleImageMode(convolutions=not mixed) if single else nullcontext(),
+        SingleImageMode() if single else nullcontext(),
     ):
         yield
 
 
 class SingleImageMode(TorchFunctionMode):
-    """Leave the convolutions of a single image in single precision to oneDNN, as torch does those of two, and its
-    instance normalisation to batch normalisation.
-
-    Args:
-        convolutions: False takes them as they are: in half precision torch leaves them to oneDNN by itself.
-    """
-
-    def __init__(self, *, convolutions: bool = True) -> None:
-        super().__init__()
-        self.convolutions = convolutions
+    """Leave the convolutions of a single image in single precision to oneDNN, as torch does those of two."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call ``func``, or what does the same."""
         kwargs = kwargs or {}
-        if func is F.instance_norm:
-            return _normalise(*args, **kwargs)
-        if not self.convolutions:
-            return func(*args, **kwargs)
         if func in _CONVOLUTIONS and _is_single_image(*args[:2]):
             return _convolve(*args, **kwargs)
         if func in _TRANSPOSED and _is_single_image(*args[:2]):
@@ -69,21 +53,6 @@ class SingleImageMode(TorchFunctionMode):
 
 _CONVOLUTIONS = (F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose2d, F.conv_transpose3d)
-
-
-def _normalise(
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if len(x) > 1 or not use_input_stats or running_mean is not None:
-        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
 def _is_single_image(*operands: Any) -> bool:

@@ -9,7 +9,6 @@ import torch
 from monai.networks.blocks import Convolution
 from torch import nn
 
-from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.convolutions import SingleImageMode, quick_convolutions
 from monai_rl_reg.networks import PlannerActor
 
@@ -51,27 +50,6 @@ def test_transposed_and_grouped(dims: int) -> None:
         expected = network(image)
         with SingleImageMode():
             torch.testing.assert_close(network(image), expected)
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_normalisation_of_one_image_is_that_of_torch(dims: int) -> None:
-    kind: Any = nn.InstanceNorm2d if dims == 2 else nn.InstanceNorm3d
-    tracking = kind(4, affine=True, track_running_stats=True)
-    for norm in (kind(4), kind(4, affine=True), tracking, tracking.eval()):
-        for batch in (1, 2):
-            image = 3 * torch.rand(batch, 4, *[7] * dims) + 1
-            expected = norm(image)
-            with SingleImageMode(), SingleImageMode(convolutions=False):
-                torch.testing.assert_close(norm(image), expected)
-
-
-def test_one_image_is_normalised_where_its_channels_lie() -> None:
-    anatomy, image = Anatomy(3, 2), torch.rand(1, 1, 16, 16, 16)
-    expected = anatomy(image)
-    with torch.inference_mode(), quick_convolutions(image.device, half=False):
-        assert "aten::instance_norm" not in operations(anatomy, image)
-        torch.testing.assert_close(anatomy(image), expected)
-        assert anatomy.unet.input_block(image).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_gradients_are_those_of_torch() -> None:
