@@ -91,8 +91,7 @@ def refine(
     first, done, least, over = math.inf, 0, math.inf, False
     rate = LEARNING_RATE / (1 + proximity)  # a steeper bowl, a shorter step
     while not over:
-        action = torch.zeros_like(start)
-        best = action
+        action, best = torch.zeros_like(start), torch.zeros_like(start)
         with torch.enable_grad():
             action.requires_grad_()
             optimiser = torch.optim.Adam([action], lr=rate)
@@ -105,7 +104,7 @@ def refine(
                     terms["proximity"] = proximity * (away.square().sum(1).mean() + task.smoothness(away))
                 loss = torch.stack(list(terms.values())).sum()
                 value = float(loss.detach())
-                first = min(first, value) if done == 0 else first
+                first = value if done == 0 else first
                 if value < least:
                     best, least = action.detach().clone(), value
                 over = time.monotonic() - started >= seconds or (iterations is not None and done >= iterations)

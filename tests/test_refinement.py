@@ -85,7 +85,8 @@ def test_it_is_never_worse_than_where_it_began(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("monai_rl_reg.refinement.LEARNING_RATE", 50.0)  # every iteration makes it worse
     task = RegistrationTask(3)
     start = task.reset(pair())
-    done = refine(task, start, unused, iterations=4)
+    done = refine(task, start, unused, iterations=40)
+    assert done.iterations == 40  # more than one step, each of which brings nothing
     assert done.loss_after == done.loss_before
     assert torch.equal(done.state["displacement"], start["displacement"])
 
