@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from monai_rl_reg.separable import slopes
 from monai_rl_reg.warping import Warp
 
 
@@ -35,10 +36,8 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     Central differences, one-sided at the edges (as ``numpy.gradient``). A value of zero or less is a fold.
     """
     dims = displacement.shape[1]
-    u = displacement.float()
-    rows = [
-        [g + (i == j) for j, g in enumerate(torch.gradient(u[:, i], dim=list(range(1, dims + 1))))] for i in range(dims)
-    ]
+    columns = [slope.unbind(1) for slope in slopes(displacement.float())]
+    rows = [[slope + (i == j) for j, slope in enumerate(row)] for i, row in enumerate(zip(*columns, strict=True))]
     if dims == 2:
         return rows[0][0] * rows[1][1] - rows[0][1] * rows[1][0]
     (a, b, c), (d, e, f), (g, h, i) = rows

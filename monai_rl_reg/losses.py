@@ -19,40 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from monai_rl_reg.networks import PlannerActor, TwinCritic
 from monai_rl_reg.rollout import Transition
+from monai_rl_reg.separable import box_sum
 from monai_rl_reg.tasks.task import State, Task
-
-
-class _BoxSum(torch.autograd.Function):
-    """Sum over a cubic window with zero padding. The window is symmetric, so the filter is its own adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        return _box_sum(x, size)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        return _box_sum(grad[0], ctx.size), None
-
-
-def _box_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over windows by doubling: sums of 2, 4, 8, ... neighbours, added up as ``size`` reads in binary."""
-    half = size // 2
-    for dim in range(2, x.ndim):
-        n = x.shape[dim]
-        sums = F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [half, half])
-        total, at, width = torch.zeros_like(x), 0, 1
-        while width <= size:
-            if size & width:
-                total += sums.narrow(dim, at, n)
-                at += width
-            if 2 * width <= size:
-                rest = sums.shape[dim] - width
-                sums = sums.narrow(dim, 0, rest) + sums.narrow(dim, width, rest)
-            width *= 2
-        x = total
-    return x
-
 
 _TARGETS: Any = WeakTensorKeyDictionary()
 
@@ -90,7 +58,7 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
             )
         p, t = pred.float(), target.float()
         count = self.kernel_size**self.ndim
-        p_sum, p2_sum, tp_sum = _BoxSum.apply(torch.stack([p, p * p, t * p]).flatten(0, 1), self.kernel_size).chunk(3)
+        p_sum, p2_sum, tp_sum = box_sum(torch.stack([p, p * p, t * p]).flatten(0, 1), self.kernel_size).chunk(3)
         t_sum, t_var = self._of_target(target)
         cross = tp_sum - p_sum * t_sum / count
         p_var = (p2_sum - p_sum * p_sum / count).clamp(min=self.smooth_dr)
@@ -107,7 +75,7 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
         if key is not None and (known := _TARGETS.get(target)) is not None and known[0] == key:
             return known[1]
         t = target.float()
-        t_sum, t2_sum = _BoxSum.apply(torch.stack([t, t * t]).flatten(0, 1), self.kernel_size).chunk(2)
+        t_sum, t2_sum = box_sum(torch.stack([t, t * t]).flatten(0, 1), self.kernel_size).chunk(2)
         found = t_sum, (t2_sum - t_sum * t_sum / self.kernel_size**self.ndim).clamp(min=self.smooth_dr)
         if key is not None:
             _TARGETS[target] = key, found

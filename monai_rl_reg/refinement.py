@@ -21,7 +21,7 @@ LEARNING_RATE = 0.1
 """Of Adam in the first iteration, in voxels of the field's grid: about the most that a voxel moves in it."""
 HALVED_AFTER = 20
 """Iterations after which the learning rate is half of that, a third after twice as many, and so on."""
-ITERATIONS_A_STEP = 15
+ITERATIONS_A_STEP = 5
 """After so many iterations the step is composed onto the field, and another one begins."""
 FOLD_WEIGHT = 10.0
 """Of the task loss's term against folds, where the task itself has none or a smaller one."""

@@ -1,4 +1,4 @@
-"""Moving images by displacement fields: what MONAI's Warp and torch's interpolation give, in half their time."""
+"""Moving images by displacement fields: what MONAI's Warp gives, in a third of its time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from monai.networks.blocks import warp as monai_warp
 from torch import Tensor
 from torch.nn import functional as F
 
+MOST_ROWS = 2**15
+"""Rows of all planes of a volume that are sampled as one tall image: a coordinate in fp32 is off by up to 0.004 of the
+distance between two of so many."""
+
 
 class Warp(blocks.Warp):
-    """:class:`monai.networks.blocks.Warp`, the same images in half the time.
+    """:class:`monai.networks.blocks.Warp`, the same images in less time.
 
     MONAI keeps one grid of coordinates, made anew whenever the size changes, and passes over the volume eight times
-    before it samples. Here each direction is scaled and shifted in one pass and the grid goes to torch as it lies.
+    before it samples. Here each direction is scaled and shifted in one pass and the grid goes to torch as it lies. And
+    torch samples images by vector instructions, but volumes voxel by voxel: on a CPU a volume is sampled twice as one
+    tall image of all its planes, in the planes below and above.
     """
 
     def forward(self, image: Tensor, ddf: Tensor) -> Tensor:
@@ -26,30 +32,45 @@ class Warp(blocks.Warp):
         if monai_warp.USE_COMPILED or dims not in (2, 3) or ddf.shape != (len(image), dims, *image.shape[2:]):
             moved: Tensor = super().forward(image, ddf)  # has its own sampling, or the right words for what is wrong
             return moved
-        coordinates = []
-        for dim in reversed(range(dims)):  # torch counts from the last direction
-            n = image.shape[dim + 2]
-            scale = 2 / max(n - 1, 1)
-            at_rest = scale * torch.arange(n, dtype=ddf.dtype, device=ddf.device) - 1
-            at_rest = at_rest.reshape(-1, *[1] * (dims - 1 - dim))
-            coordinates.append(torch.add(at_rest, ddf[:, dim], alpha=scale))
-        moved = F.grid_sample(
+        border = self._interp_mode_native == "bilinear" and self._padding_mode_native == "border"
+        if dims == 3 and border and image.device.type == "cpu" and image.shape[2] * image.shape[3] <= MOST_ROWS:
+            return _by_planes(image, ddf)
+        ways = [_scaled(u, dim, image.shape[dim + 2]) for dim, u in enumerate(ddf.unbind(1))]
+        grid = torch.stack(ways[::-1], dim=1)  # torch counts from the last direction
+        return F.grid_sample(
             image,
-            torch.stack(coordinates, dim=1).movedim(1, -1),
+            grid.movedim(1, -1),
             mode=self._interp_mode_native,
             padding_mode=self._padding_mode_native,
             align_corners=True,
         )
-        return moved
 
 
-def enlarge(x: Tensor, factor: int) -> Tensor:
-    """Return ``x`` (B, C, *spatial) linearly interpolated to ``factor`` times its size in every direction.
+def _by_planes(image: Tensor, ddf: Tensor) -> Tensor:
+    depth, height, width = image.shape[2:]
+    z, y, x = ddf.unbind(1)
+    planes = max(depth - 1, 1)
+    z = (z + torch.arange(depth, dtype=ddf.dtype).reshape(-1, 1, 1)).clamp(0, depth - 1)
+    below = z.detach().floor().clamp_(max=planes - 1)
+    rows = planes * height
+    scale = 2 / max(rows - 1, 1)
+    blur = 2 * torch.finfo(ddf.dtype).eps  # of a coordinate: the first and last rows must not fall into another plane
+    y = _scaled(y, 1, rows, height).clamp(blur - 1, max(scale * (height - 1) - blur, blur) - 1)
+    grid = torch.stack([_scaled(x, 2, width), torch.add(y, below, alpha=scale * height)], dim=1)
+    grid = grid.flatten(2, 3).movedim(1, -1)
+    tall = image.flatten(2, 3)
+    first, second = (
+        F.grid_sample(tall.narrow(2, start, rows), grid, padding_mode="border", align_corners=True)
+        for start in (0, (depth - planes) * height)
+    )
+    return torch.lerp(first.reshape(image.shape), second.reshape(image.shape), (z - below)[:, None])
 
-    :func:`torch.nn.functional.interpolate`, in 3D in one direction and then in the other two.
+
+def _scaled(u: Tensor, dim: int, size: int, voxels: int | None = None) -> Tensor:
+    """Return where displacements (B, *spatial) in one direction lead, as torch counts: -1 and 1 are the first and last.
+
+    Of ``size`` voxels; ``voxels`` are those of the displacements' own grid, if they are fewer.
     """
-    if x.ndim == 4:
-        return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    batch, channels, *size = x.shape
-    first = F.interpolate(x.flatten(3), scale_factor=(factor, 1), mode="bilinear", align_corners=False)
-    return enlarge(first.reshape(batch, -1, *size[1:]), factor).reshape(batch, channels, *(factor * n for n in size))
+    scale = 2 / max(size - 1, 1)
+    at_rest = scale * torch.arange(voxels or size, dtype=u.dtype, device=u.device) - 1
+    return torch.add(at_rest.reshape(-1, *[1] * (u.ndim - 2 - dim)), u, alpha=scale)

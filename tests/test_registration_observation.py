@@ -51,7 +51,7 @@ def test_what_is_seen_in_the_moving_image_moves_with_the_field(size: tuple[int, 
     before = task.observe(state)
     after = task.observe(task.advance(state, constant_action(0.5, half(size), batch=2)))  # one voxel of the images
     assert torch.equal(after[:, 2:5], before[:, 2:5])
-    torch.testing.assert_close(after[:, 5:, :-1], before[:, 5:, 1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(after[:, 5:, :-1], before[:, 5:, 1:], rtol=0, atol=1e-4)
     assert (after[:, 5:, :-1] - before[:, 5:, :-1]).abs().max() > 1e-3
 
 

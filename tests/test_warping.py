@@ -7,7 +7,7 @@ import torch
 from monai.networks.blocks import Warp as MonaiWarp
 from torch.nn import functional as F
 
-from monai_rl_reg.warping import Warp, enlarge
+from monai_rl_reg.warping import MOST_ROWS, Warp
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
@@ -37,9 +37,21 @@ def test_a_field_of_another_size_is_refused_in_monais_words() -> None:
         Warp("bilinear", "border")(torch.rand(1, 1, 8, 8), torch.zeros(1, 2, 8, 9))
 
 
-@pytest.mark.parametrize(("size", "mode"), [((2, 3, 5, 6, 7), "trilinear"), ((2, 2, 5, 6), "bilinear")])
-@pytest.mark.parametrize("factor", [2, 3])
-def test_enlarged_as_torch_does(size: tuple[int, ...], mode: str, factor: int) -> None:
-    x = torch.rand(size)
-    expected = F.interpolate(x, scale_factor=factor, mode=mode, align_corners=False)
-    torch.testing.assert_close(enlarge(x, factor), expected)
+def test_volumes_by_planes_are_torchs_own_to_some_thousandths_of_a_voxel() -> None:
+    torch.manual_seed(0)
+    size = (64, 250, 12)
+    image = torch.linspace(0, size[1] - 1, size[1])[:, None].expand(1, 1, *size).contiguous()  # its row is its value
+    field = F.interpolate(6 * torch.randn(1, 3, 4, 8, 3), size=size, mode="trilinear")
+    assert size[0] * size[1] <= MOST_ROWS
+    moved, monais = (kind("bilinear", "border")(image, field) for kind in (Warp, MonaiWarp))
+    assert float((moved - monais).abs().max()) < 4e-3
+    assert float((moved - monais).abs().mean()) < 1e-3
+
+
+def test_nothing_pulls_beyond_the_edge_where_the_image_goes_on_as_it_is() -> None:
+    field = torch.zeros(1, 3, 6, 7, 8, requires_grad=True)
+    (pull,) = torch.autograd.grad(Warp("bilinear", "border")(torch.rand(1, 1, 6, 7, 8), field).sum(), field)
+    for dim in range(3):
+        faces = pull[0, dim].movedim(dim, 0)
+        assert not faces[[0, -1]].any()
+        assert faces[1:-1].all()

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from monai.losses import DiceLoss, DiffusionLoss
-from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,9 +18,10 @@ from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import compose, jacobian_determinant
 from monai_rl_reg.metrics import labelled, mean_label_dice
+from monai_rl_reg.separable import enlarge, smooth
 from monai_rl_reg.similarity import LocalNCC, Similarity
 from monai_rl_reg.tasks.task import Act, State, Task
-from monai_rl_reg.warping import Warp, enlarge
+from monai_rl_reg.warping import Warp
 
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
@@ -253,8 +253,7 @@ class RegistrationTask(Task):
             length = pull.square().sum(1, keepdim=True).sqrt()  # torch's norm takes a millisecond for 8000 voxels
             typical = length.mean(dim=list(range(1, length.ndim)), keepdim=True)
             displacement = state["displacement"].float() + pull / (length + typical).clamp(min=1e-12)
-            kernel = gaussian_1d(torch.tensor(RELAXED_SIGMA, device=pull.device))
-            displacement = separable_filtering(displacement, [kernel] * self.spatial_dims, "replicate")
+            displacement = smooth(displacement, RELAXED_SIGMA)
             after = self._displaced(state, displacement)
             relaxed = self.similarity(after["moved"], state["fixed"])
             cost = self._roughness(displacement) - self._roughness(state["displacement"].float())

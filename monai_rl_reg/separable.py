@@ -1,0 +1,90 @@
+"""Filters that work along each direction by itself, as products with small matrices: what a processor does fastest.
+
+Windows, interpolation and Gaussians pass over a volume many times when each neighbour is added by itself; here they
+pass over it once a direction. The products are in the precision of the volume, whatever autocast says: NCC takes
+variances from differences of such sums, and displacement fields are interpolated by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from monai.networks.layers import gaussian_1d
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def box_sum(x: Tensor, size: int) -> Tensor:
+    """Return the sums over windows of ``size`` voxels a side, odd, of (B, C, *spatial), with zeros around."""
+    return _filtered(x, [_window(n, size) for n in x.shape[2:]])
+
+
+def enlarge(x: Tensor, factor: int) -> Tensor:
+    """Return (B, C, *spatial) linearly interpolated to ``factor`` times its size, as torch's ``interpolate`` does."""
+    return _filtered(x, [_interpolation(n, factor) for n in x.shape[2:]])
+
+
+def smooth(x: Tensor, sigma: float) -> Tensor:
+    """Return (B, C, *spatial) smoothed by a Gaussian, ``sigma`` in voxels; what lies at the edge goes on beyond it."""
+    return _filtered(x, [_gaussian(n, sigma) for n in x.shape[2:]])
+
+
+def slopes(x: Tensor) -> list[Tensor]:
+    """Return central differences of (B, C, *spatial) in each direction, one-sided at the edges, as torch.gradient."""
+    return [_along(x, dim, _differences(n)) for dim, n in enumerate(x.shape[2:], start=2)]
+
+
+def _filtered(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    for dim, matrix in reversed(list(enumerate(matrices, start=2))):
+        x = _along(x, dim, matrix)
+    return x
+
+
+def _along(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
+    """Multiply one direction by a matrix, (before, after)."""
+    weights = matrix.to(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if dim == x.ndim - 1:
+            return x @ weights
+        size = *x.shape[:dim], weights.shape[1], *x.shape[dim + 1 :]
+        return (weights.T @ x.flatten(dim + 1)).reshape(size)
+
+
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make each matrix once, and so that training may use what inference made."""
+
+    @lru_cache(maxsize=128)
+    def kept(*arguments: float) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*arguments)
+
+    return kept
+
+
+@_kept
+def _window(n: int, size: int) -> Tensor:
+    at = torch.arange(n)
+    return ((at[:, None] - at).abs() <= size // 2).float()
+
+
+@_kept
+def _interpolation(n: int, factor: int) -> Tensor:
+    return F.interpolate(torch.eye(n)[None], scale_factor=factor, mode="linear", align_corners=False)[0]
+
+
+@_kept
+def _differences(n: int) -> Tensor:
+    return torch.gradient(torch.eye(n), dim=1)[0]
+
+
+@_kept
+def _gaussian(n: int, sigma: float) -> Tensor:
+    weights = gaussian_1d(torch.tensor(sigma))
+    far = len(weights) // 2
+    sources = (torch.arange(n) + torch.arange(-far, far + 1)[:, None]).clamp(0, n - 1)
+    matrix = torch.zeros(n, n)
+    for source, weight in zip(sources, weights, strict=True):
+        matrix[source, torch.arange(n)] += weight
+    return matrix
