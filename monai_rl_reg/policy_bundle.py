@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,8 +153,9 @@ class PolicyBundle:
         transform: Callable[[Any], Any] = parser.get_parsed_content("case_transform")
         return transform
 
+    @cached_property
     def refinement_task(self) -> RegistrationTask:
-        """Return the task with the loss that the policy was trained by, as far as the bundle's configurations tell.
+        """The task with the loss that the policy was trained by, as far as the bundle's configurations tell.
 
         A network learns to leave folds out, a free field has to be told. Of a policy that was trained with labels it
         is the loss without them: similarity and folds. What the policy sees is no substitute for the labels (a free

@@ -94,7 +94,7 @@ def take_steps(
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
         proximity = PROXIMITY if bundle.sees else 0.0
-        task = bundle.refinement_task()
+        task = bundle.refinement_task
         refined = refine(task, state, bundle.network, seconds=refine_seconds, proximity=proximity)
         note(refined.state)
         figures = {"loss_before": refined.loss_before, "loss_after": refined.loss_after}

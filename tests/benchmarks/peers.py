@@ -3,7 +3,8 @@
     pip install picsl-greedy antspyx itk-elastix convexAdam
     python tests/benchmarks/peers.py PAIRS.csv --ckpt bundles/rl_reg/models/model.pt --output OUT
 
-``--voxelmorph`` adds MONAI's network, trained by ``voxelmorph.py``.
+``--voxelmorph`` adds MONAI's network, trained by ``voxelmorph.py``. The method ``refined`` is the bundle's number of
+steps and then more and more iterations of refinement, for weights that were trained without labels.
 
 PAIRS.csv has the columns fixed, moving, fixed_label and moving_label. All see what the policy sees: both images on the
 fixed image's grid, centres aligned, intensities scaled to [0, 1]. Labels are moved by nearest neighbour. Writes
@@ -44,6 +45,8 @@ from torch import Tensor  # noqa: E402
 from monai_rl_reg.checkpoints import load_policy  # noqa: E402
 from monai_rl_reg.data import PairDataset, read_pairs  # noqa: E402
 from monai_rl_reg.metrics import folded_percent, log_jacobian_std, mean_label_dice  # noqa: E402
+from monai_rl_reg.policy_bundle import PolicyBundle  # noqa: E402
+from monai_rl_reg.refinement import refine  # noqa: E402
 from monai_rl_reg.transforms import MovingToFixedGridd  # noqa: E402
 
 Array = np.ndarray
@@ -205,6 +208,23 @@ def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) 
             started = time.process_time()
 
 
+ITERATIONS = (5, 10, 20, 40, 80)
+"""Of refinement, in all."""
+
+
+def refinements(bundle: PolicyBundle, image: Tensor, label: Tensor) -> Iterator[tuple[int, float, Moved]]:
+    """Yield iterations and CPU seconds so far and the result, after the policy's steps."""
+    task, done, started = bundle.refinement_task, 0, time.process_time()
+    *_, state = bundle.trajectory(image, bundle.steps)
+    seconds = time.process_time() - started
+    for iterations in ITERATIONS:
+        started = time.process_time()
+        state = refine(task, state, bundle.network, iterations=iterations - done).state
+        field = task.output(state)
+        seconds, done = seconds + time.process_time() - started, iterations
+        yield iterations, seconds, (field, Warp("nearest", "border")(label[:, 1:].float(), field))
+
+
 def run_method(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row a pair; for the policy a row a pair and step."""
     torch.set_num_threads(1)
@@ -219,6 +239,8 @@ def run_method(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, A
         anatomy = parts.get_parsed_content("anatomy")
         load_policy(parts.get_parsed_content("network"), arguments.ckpt, anatomy=anatomy).eval()
         parts.get_parsed_content("task").eval()
+    elif name == "refined":
+        bundle = PolicyBundle(ckpt=arguments.ckpt, device="cpu")
     elif name == "voxelmorph":
         program = voxelmorph(arguments.voxelmorph)
     else:
@@ -230,6 +252,11 @@ def run_method(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, A
         if name == "policy":
             for step, (seconds, moved) in enumerate(policy_steps(parts, image, label, arguments.steps), start=1):
                 yield {"method": name, "pair": number, "step": step, "cpu_seconds": seconds} | figures(moved, label)
+            continue
+        if name == "refined":
+            for iterations, seconds, moved in refinements(bundle, image, label):
+                row = {"method": name, "pair": number, "step": iterations, "cpu_seconds": seconds}
+                yield row | figures(moved, label)
             continue
         started = time.process_time()
         moved = program(fixed, moving, moving_label)
@@ -261,7 +288,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (method, step), group in groups(rows).items():
         column = {key: np.array([float(row[key]) for row in group]) for key in ("dice", "hd95", "folded", "sdlogj")}
         seconds = np.mean([float(row["cpu_seconds"]) for row in group])
-        name = f"policy, {step} step{'s' if step > 1 else ''}" if step else method
+        what = "step" if method == "policy" else "iteration"
+        name = f"{method}, {step} {what}{'s' if step > 1 else ''}" if step else method
         lines.append(
             f"| {name} | {column['dice'].mean():.4f} | {column['dice'].std():.3f} | "
             f"{np.percentile(column['dice'], 10):.3f} | {np.nanmean(column['hd95']):.2f} | "
@@ -280,24 +308,26 @@ def groups(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, A
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw Dice against seconds, the policy as a curve over its steps."""
+    """Draw Dice against seconds, the policy as a curve over its steps, and one over iterations of refinement."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    curve = []
+    curves: dict[str, list[tuple[float, float]]] = {}
     for (method, step), group in groups(rows).items():
-        seconds, dice = (np.mean([float(row[key]) for row in group]) for key in ("cpu_seconds", "dice"))
+        seconds, dice = (float(np.mean([float(row[key]) for row in group])) for key in ("cpu_seconds", "dice"))
         if step:
-            curve.append((seconds, dice))
+            curves.setdefault(method, []).append((seconds, dice))
         elif method != "identity":
             axes.scatter(seconds, dice)
             axes.annotate(method, (seconds, dice), xytext=(5, 4), textcoords="offset points")
-    if curve:
-        axes.plot(*zip(*curve, strict=True), marker="o", color="black", label="policy, 1 step and more")
-        axes.legend(loc="upper right")
+    labels = {"policy": "policy, 1 step and more", "refined": "refined, 5 iterations and more"}
+    for (method, curve), colour in zip(curves.items(), ("black", "grey"), strict=False):
+        axes.plot(*zip(*curve, strict=True), marker="o", color=colour, label=labels[method])
+    if curves:
+        axes.legend(loc="best")
     axes.set(xscale="log", xlabel="CPU seconds a pair, one thread", ylabel="mean Dice")
     axes.grid(alpha=0.3)
     axes.margins(x=0.2, y=0.15)
