@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any
 
 import torch
@@ -46,8 +47,7 @@ class SingleImageMode(TorchFunctionMode):
         if func in _CONVOLUTIONS and _is_single_image(*args[:2]):
             return _convolve(*args, **kwargs)
         if func in _TRANSPOSED and _is_single_image(*args[:2]):
-            # oneDNN's own is not to be called by itself: twice the image costs less than the other way
-            return func(args[0].expand(2, *args[0].shape[1:]), *args[1:], **kwargs)[:1]
+            return _doubled(func, *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -77,3 +77,47 @@ def _convolve(
     convolve: Any = torch.mkldnn_convolution  # torch's own description of it is wrong
     convolved: Tensor = convolve(x, weight, bias, *sizes, groups)
     return convolved
+
+
+def _doubled(
+    transposed: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    """Convolve transposed, from x (1, A, *spatial) to twice its size, by a usual convolution.
+
+    In each direction the even voxels of the result meet other taps of the kernel than the odd ones. So each of the 2^d
+    kinds of voxels is a channel of its own, with half of the kernel in every direction, and they are put in their
+    places: two to three times as fast as what torch does with a batch of two, the least for which it asks oneDNN.
+    """
+    d = x.ndim - 2
+    strides, pads, beyond, holes = (torch.as_tensor(n).unique() for n in (stride, padding, output_padding, dilation))
+    pad, kernel = int(pads[0]), set(weight.shape[2:])
+    usual = len(pads) == groups == 1 and not beyond.any() and bool((strides == 2).all() and (holes == 1).all())
+    if not usual or pad > 1 or kernel != {2 + 2 * pad}:
+        more = stride, padding, output_padding, groups, dilation
+        return transposed(x.expand(2, *x.shape[1:]), weight, bias, *more)[:1]
+    kinds = list(product((0, 1), repeat=d))
+    taps = weight.transpose(0, 1).flip(list(range(2, weight.ndim)))
+    kernels = torch.cat([_every_second(taps, [(1 + odd + pad) % 2 for odd in kind]) for kind in kinds])
+    biases = None if bias is None else bias.repeat(len(kinds))
+    parts = _convolve(x, kernels, biases, padding=pad).chunk(len(kinds), dim=1)
+    made = x.new_empty(1, weight.shape[1], *(2 * n for n in x.shape[2:]))
+    for kind, part in zip(kinds, parts, strict=True):
+        for dim, odd in enumerate(kind, start=2):
+            part = part.narrow(dim, odd * pad, x.shape[dim])
+        _every_second(made, kind).copy_(part)
+    return made
+
+
+def _every_second(x: Tensor, starts: Iterable[int]) -> Tensor:
+    """Return a view of (A, B, *spatial) with every second voxel in each direction, from the first or the second on."""
+    places: Any = (..., *(slice(start, None, 2) for start in starts))
+    view: Tensor = x[places]
+    return view

@@ -52,8 +52,36 @@ def test_transposed_and_grouped(dims: int) -> None:
             torch.testing.assert_close(network(image), expected)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 2, "stride": 2},
+        {"kernel_size": 4, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        {"kernel_size": 4, "stride": 2, "padding": 1, "groups": 2},
+        {"kernel_size": 2, "stride": 2, "dilation": 2},
+        {"kernel_size": 4, "stride": 1, "padding": 1},
+    ],
+    ids=str,
+)
+def test_transposed_in_every_way(dims: int, bias: bool, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    kind = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
+    up, image = kind(4, 6, bias=bias, **options), torch.rand(1, 4, *[5, 6, 1][:dims])
+    with torch.no_grad():
+        expected = up(image)
+        with quick_convolutions(image.device, half=False):
+            torch.testing.assert_close(up(image), expected)
+            if "output_padding" not in options and "groups" not in options and "dilation" not in options:
+                functional = {key: value for key, value in options.items() if key != "kernel_size"}
+                made = getattr(nn.functional, f"conv_transpose{dims}d")(image, up.weight, up.bias, **functional)
+                torch.testing.assert_close(made, expected)
+
+
 def test_gradients_are_those_of_torch() -> None:
-    network = nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.ConvTranspose3d(4, 2, 3))
+    network = nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.ConvTranspose3d(4, 2, 3), nn.ConvTranspose3d(2, 2, 2, 2))
     image = torch.rand(1, 2, 7, 7, 7)
     network(image).square().sum().backward()
     expected = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
