@@ -55,7 +55,7 @@ def take_steps(
         bundle: policy and task.
         working: the pair.
         limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number, by :func:`enough`. Where
-            nothing is seen, a step that loses similarity is taken back.
+            nothing is seen, steps that led to less similarity than there was before the first are all taken back.
         refine_seconds: most wall time of the refinement; 0 for none.
         tick: called after each step.
     """
@@ -78,19 +78,16 @@ def take_steps(
             moved = warp(moved, field).round() if len(curve) > 1 else moved  # nothing has moved before
             curve[-1][key] = float(mean_label_dice(moved, label[:, :1]).nan_to_num(0.0))
 
-    for now in _trajectory(bundle, working, 2 * bundle.steps if limit == "auto" else int(limit)):
-        note(now)
+    for state in _trajectory(bundle, working, 2 * bundle.steps if limit == "auto" else int(limit)):
+        note(state)
         if len(curve) == 1:
-            state = now
+            start = state
             continue
         tick()
-        if limit == "auto" and working.seen is None and curve[-1][measure] < curve[-2][measure]:
-            history.pop()
-            curve.pop()
-            break
-        state = now
         if limit == "auto" and enough(curve, measure, least):
             break
+    if limit == "auto" and working.seen is None and curve[-1][measure] < curve[0][measure]:
+        state, history, curve = start, history[:1], curve[:1]
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
         proximity = PROXIMITY if bundle.sees else 0.0
@@ -106,15 +103,18 @@ def enough(curve: Sequence[Mapping[str, float]], measure: str, least: float) -> 
     """Return whether the last step gained so little that another one is not worth its time.
 
     Structures that are seen must agree by :data:`~monai_rl_reg.quality.LEAST_SEEN` besides: a pair that begins far
-    apart gains little in its first steps.
+    apart gains little in its first steps. Of the similarity the last two steps count together: it goes up with a step
+    whose relaxation is kept, and down again with one whose relaxation is not.
 
     Args:
         curve: of :class:`Steps`, after at least one step.
         measure: what is to gain: ``seen_dice``, or the similarity's name where nothing is seen.
         least: by how much.
     """
-    now, before = (curve[i][measure] for i in (-1, -2))
-    return now - before < least and (measure != "seen_dice" or now >= LEAST_SEEN)
+    now = curve[-1][measure]
+    if measure == "seen_dice":
+        return now - curve[-2][measure] < least and now >= LEAST_SEEN
+    return now - curve[max(0, len(curve) - 3)][measure] < least
 
 
 def _trajectory(bundle: PolicyBundle, working: WorkingPair, steps: int, *, sample: bool = False) -> Iterator[State]:

@@ -23,6 +23,16 @@ def test_what_is_seen_says_whether_it_is_enough(seen: list[float], expected: boo
     assert enough(curve, "seen_dice", GAIN) is expected
 
 
-@pytest.mark.parametrize(("gain", "expected"), [(2.0, False), (0.5, True), (-1.0, True)])
-def test_where_nothing_is_seen_the_similarity_says_it(gain: float, expected: bool) -> None:
-    assert enough([{"ncc": 0.2}, {"ncc": 0.2 + 0.01 * gain}], "ncc", 0.01) is expected
+@pytest.mark.parametrize(
+    ("alike", "expected"),
+    [
+        ([0.2, 0.22], False),
+        ([0.2, 0.205], True),
+        ([0.2, 0.19], True),
+        ([0.2, 0.25, 0.251], False),  # the step before gained enough for both
+        ([0.2, 0.25, 0.24, 0.255], True),
+        ([0.2, 0.25, 0.24, 0.265], False),  # a step that lost is no reason to end
+    ],
+)
+def test_where_nothing_is_seen_the_similarity_of_two_steps_says_it(alike: list[float], expected: bool) -> None:
+    assert enough([{"ncc": x} for x in alike], "ncc", 0.01) is expected
