@@ -11,7 +11,7 @@ from pathlib import Path
 
 from monai_rl_reg import __version__
 from monai_rl_reg.errors import find_input_error
-from monai_rl_reg.memory import keep_freed_memory, quick_imports
+from monai_rl_reg.memory import quick_imports
 
 DESCRIPTION = """\
 Register a MOVING image to a FIXED one: find where each point of the fixed image lies in the moving one.
@@ -127,7 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.command == "register":
         _check(top, args)
-        keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     verbose = getattr(args, "verbose", False)
     logging.getLogger("monai_rl_reg").setLevel(logging.INFO if verbose else logging.WARNING)
