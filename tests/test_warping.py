@@ -12,7 +12,18 @@ from monai_rl_reg.warping import MOST_ROWS, Warp
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 @pytest.mark.parametrize("padding", ["border", "zeros", "reflection"])
-@pytest.mark.parametrize("size", [(2, 3, 9, 14), (1, 1, 7, 12, 5), (3, 2, 8, 8, 8), (1, 1, 6, 5, 1)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (2, 3, 9, 14),
+        (1, 1, 7, 12, 5),
+        (3, 2, 8, 8, 8),
+        (1, 1, 6, 5, 1),
+        (1, 2, 1, 5, 6),
+        (2, 1, 5, 1, 6),
+        (1, 1, 1, 1, 4),
+    ],
+)
 def test_the_same_image_as_monais(mode: str, padding: str, size: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     image, field = torch.rand(size), 3 * torch.randn(size[0], len(size) - 2, *size[2:])
