@@ -110,7 +110,8 @@ def _doubled(
         kernels = kernels.flip(list(range(2, x.ndim)))
     biases = None if bias is None else bias.repeat(len(kinds))
     parts = _convolve(x, kernels, biases, padding=pad).chunk(len(kinds), dim=1)
-    made = x.new_empty(1, weight.shape[1], *(2 * n for n in x.shape[2:]))
+    size = 1, weight.shape[1], *(2 * n for n in x.shape[2:])
+    made = torch.empty(size, dtype=x.dtype, device=x.device)
     for kind, part in zip(kinds, parts, strict=True):
         for dim, odd in enumerate(kind, start=2):
             part = part.narrow(dim, odd * pad, x.shape[dim])

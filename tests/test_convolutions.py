@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.networks.blocks import Convolution
 from torch import nn
 
@@ -78,6 +79,16 @@ def test_transposed_in_every_way(dims: int, bias: bool, options: dict[str, Any])
                 functional = {key: value for key, value in options.items() if key != "kernel_size"}
                 made = getattr(nn.functional, f"conv_transpose{dims}d")(image, up.weight, up.bias, **functional)
                 torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_image_with_metadata(dims: int) -> None:
+    kind = (nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 2]
+    networks = kind(4, 3, 4, stride=2, padding=1), kind(4, 3, 2, stride=2), (nn.Conv2d, nn.Conv3d)[dims - 2](4, 3, 1)
+    image = torch.rand(1, 4, *[5, 6, 4][:dims])
+    with torch.no_grad(), SingleImageMode():
+        for network in networks:
+            torch.testing.assert_close(torch.as_tensor(network(MetaTensor(image))), network(image), check_stride=False)
 
 
 def test_gradients_are_those_of_torch() -> None:
