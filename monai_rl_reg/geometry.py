@@ -37,7 +37,9 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     """
     dims = displacement.shape[1]
     columns = [slope.unbind(1) for slope in slopes(displacement.float())]
-    rows = [[slope + (i == j) for j, slope in enumerate(row)] for i, row in enumerate(zip(*columns, strict=True))]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    for i in range(dims):
+        rows[i][i] = rows[i][i] + 1
     if dims == 2:
         return rows[0][0] * rows[1][1] - rows[0][1] * rows[1][0]
     (a, b, c), (d, e, f), (g, h, i) = rows

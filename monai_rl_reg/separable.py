@@ -18,22 +18,22 @@ from torch.nn import functional as F
 
 def box_sum(x: Tensor, size: int) -> Tensor:
     """Return the sums over windows of ``size`` voxels a side, odd, of (B, C, *spatial), with zeros around."""
-    return _filtered(x, [_window(n, size) for n in x.shape[2:]])
+    return _filtered(x, [_window(x, n, size) for n in x.shape[2:]])
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:
     """Return (B, C, *spatial) linearly interpolated to ``factor`` times its size, as torch's ``interpolate`` does."""
-    return _filtered(x, [_interpolation(n, factor) for n in x.shape[2:]])
+    return _filtered(x, [_interpolation(x, n, factor) for n in x.shape[2:]])
 
 
 def smooth(x: Tensor, sigma: float) -> Tensor:
     """Return (B, C, *spatial) smoothed by a Gaussian, ``sigma`` in voxels; what lies at the edge goes on beyond it."""
-    return _filtered(x, [_gaussian(n, sigma) for n in x.shape[2:]])
+    return _filtered(x, [_gaussian(x, n, sigma) for n in x.shape[2:]])
 
 
 def slopes(x: Tensor) -> list[Tensor]:
     """Return central differences of (B, C, *spatial) in each direction, one-sided at the edges, as torch.gradient."""
-    return [_along(x, dim, _differences(n)) for dim, n in enumerate(x.shape[2:], start=2)]
+    return [_along(x, dim, _differences(x, n)) for dim, n in enumerate(x.shape[2:], start=2)]
 
 
 def _filtered(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -44,23 +44,22 @@ def _filtered(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 def _along(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
     """Multiply one direction by a matrix, (before, after)."""
-    weights = matrix.to(x)
     with torch.autocast(x.device.type, enabled=False):
         if dim == x.ndim - 1:
-            return x @ weights
-        size = *x.shape[:dim], weights.shape[1], *x.shape[dim + 1 :]
-        return (weights.T @ x.flatten(dim + 1)).reshape(size)
+            return x @ matrix
+        size = *x.shape[:dim], matrix.shape[1], *x.shape[dim + 1 :]
+        return (matrix.T @ x.flatten(dim + 1)).reshape(size)
 
 
 def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make each matrix once, and so that training may use what inference made."""
+    """Make each matrix once, where and as precise as a volume is, and so that training may use what inference made."""
 
     @lru_cache(maxsize=128)
-    def kept(*arguments: float) -> Tensor:
+    def kept(device: torch.device, dtype: torch.dtype, *arguments: float) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return make(*arguments)
+            return make(*arguments).to(device, dtype)
 
-    return kept
+    return lambda x, *arguments: kept(x.device, x.dtype, *arguments)
 
 
 @_kept

@@ -194,8 +194,8 @@ def voxelmorph(ckpt: str) -> Callable[[Array, Array, Array], Moved]:
     return register
 
 
-def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) -> Iterator[tuple[float, Moved]]:
-    """Yield CPU seconds so far and the result after each step of the policy."""
+def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) -> Iterator[tuple[int, float, Moved]]:
+    """Yield each step of the policy, CPU seconds so far and the result after it."""
     network, inferer = parts.get_parsed_content("network"), parts.get_parsed_content("inferer")
     inferer.steps, seconds, started = steps, 0.0, time.process_time()
     with torch.inference_mode():
@@ -204,7 +204,7 @@ def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) 
                 continue  # the start
             field = inferer.task.output(state)
             seconds += time.process_time() - started
-            yield seconds, (field, Warp("nearest", "border")(label[:, 1:].float(), field))
+            yield number, seconds, (field, Warp("nearest", "border")(label[:, 1:].float(), field))
             started = time.process_time()
 
 
@@ -213,7 +213,10 @@ ITERATIONS = (5, 10, 20, 40, 80)
 
 
 def refinements(bundle: PolicyBundle, image: Tensor, label: Tensor) -> Iterator[tuple[int, float, Moved]]:
-    """Yield iterations and CPU seconds so far and the result, after the policy's steps."""
+    """Yield iterations and CPU seconds so far and the result, after the policy's steps.
+
+    Each goes on from the one before, with the rate of the first iteration.
+    """
     task, done, started = bundle.refinement_task, 0, time.process_time()
     *_, state = bundle.trajectory(image, bundle.steps)
     seconds = time.process_time() - started
@@ -249,14 +252,10 @@ def run_method(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, A
         item = data[number]
         image, label = item["image"].as_tensor()[None], item["label"].as_tensor()[None]
         fixed, moving, moving_label = image[0, 0].numpy(), image[0, 1].numpy(), label[0, 1].numpy()
-        if name == "policy":
-            for step, (seconds, moved) in enumerate(policy_steps(parts, image, label, arguments.steps), start=1):
+        if name in ("policy", "refined"):
+            steps = policy_steps(parts, image, label, arguments.steps)
+            for step, seconds, moved in steps if name == "policy" else refinements(bundle, image, label):
                 yield {"method": name, "pair": number, "step": step, "cpu_seconds": seconds} | figures(moved, label)
-            continue
-        if name == "refined":
-            for iterations, seconds, moved in refinements(bundle, image, label):
-                row = {"method": name, "pair": number, "step": iterations, "cpu_seconds": seconds}
-                yield row | figures(moved, label)
             continue
         started = time.process_time()
         moved = program(fixed, moving, moving_label)
