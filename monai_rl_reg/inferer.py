@@ -70,19 +70,22 @@ class StepwiseInferer(Inferer):
         return self.history[-1]
 
     def trajectory(self, inputs: Tensor, network: nn.Module, **known: Tensor) -> Iterator[State]:
-        """Yield the first state and the state after every step; ``known`` is what more the task's ``reset`` takes."""
+        """Yield the first state and the state after every step, the last one settled.
+
+        ``known`` is what more the task's ``reset`` takes.
+        """
         self.task.eval()
         with quick_convolutions(inputs.device, half=self.half):
             state = self.task.reset(convert_to_tensor(inputs, track_meta=False), **known)
         yield state
-        yield from follow(  # type: ignore[misc]
-            network,  # type: ignore[arg-type]
-            self.task,
-            state,
-            self.steps,
-            sample=self.sample,
-            half=self.half,
-        )
+        policy: Any = network
+        after = follow(policy, self.task, state, self.steps, sample=self.sample, half=self.half)
+        for taken, state in enumerate(after, start=1):
+            yield state if taken < self.steps else self._settled(state)
+
+    @torch.no_grad()
+    def _settled(self, state: State) -> State:
+        return self.task.settle(state)
 
 
 class FramewiseInferer(StepwiseInferer):

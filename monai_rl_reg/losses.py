@@ -32,6 +32,7 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
         spatial_dims: 2 or 3.
         kernel_size: window size in voxels, odd.
         smooth_nr, smooth_dr, reduction: as in MONAI's class.
+        every: 2 takes the mean over the windows around every second voxel in each direction, in a third of the time.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
         reduction: str = "mean",
         smooth_nr: float = 0.0,
         smooth_dr: float = 1e-5,
+        every: int = 1,
     ) -> None:
         super().__init__(spatial_dims, kernel_size, "rectangular", reduction, smooth_nr, smooth_dr)
+        self.every = every
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the loss in [-1, 0] of images (B, C, *spatial), which should lie in [0, 1]; computed in fp32.
@@ -58,7 +61,7 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
             )
         p, t = pred.float(), target.float()
         count = self.kernel_size**self.ndim
-        p_sum, p2_sum, tp_sum = box_sum(torch.stack([p, p * p, t * p]).flatten(0, 1), self.kernel_size).chunk(3)
+        p_sum, p2_sum, tp_sum = self._sums(p, p * p, t * p)
         t_sum, t_var = self._of_target(target)
         cross = tp_sum - p_sum * t_sum / count
         p_var = (p2_sum - p_sum * p_sum / count).clamp(min=self.smooth_dr)
@@ -68,14 +71,18 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
             return -ncc.mean()
         return -ncc.sum() if self.reduction == "sum" else -ncc
 
+    def _sums(self, *images: Tensor) -> tuple[Tensor, ...]:
+        sums = box_sum(torch.stack(images).flatten(0, 1), self.kernel_size, self.every)
+        return sums.chunk(len(images))
+
     def _of_target(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Sum and variance in every window; kept while the target lives, as steps ask for the same fixed image."""
         lasting = not (target.requires_grad or target.is_inference() or torch.is_inference_mode_enabled())
-        key = (target._version, self.kernel_size, self.smooth_dr) if lasting else None
+        key = (target._version, self.kernel_size, self.every, self.smooth_dr) if lasting else None
         if key is not None and (known := _TARGETS.get(target)) is not None and known[0] == key:
             return known[1]
         t = target.float()
-        t_sum, t2_sum = box_sum(torch.stack([t, t * t]).flatten(0, 1), self.kernel_size).chunk(2)
+        t_sum, t2_sum = self._sums(t, t * t)
         found = t_sum, (t2_sum - t_sum * t_sum / self.kernel_size**self.ndim).clamp(min=self.smooth_dr)
         if key is not None:
             _TARGETS[target] = key, found

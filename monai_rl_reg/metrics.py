@@ -72,9 +72,12 @@ def folding(determinant: Tensor) -> tuple[Tensor, Tensor]:
     return folded, determinant.clamp(1e-9, 1e9).log().flatten(1).std(1, correction=0)
 
 
-def local_ncc(moved: Tensor, fixed: Tensor, kernel_size: int = 9) -> Tensor:
-    """Mean squared local NCC in [0, 1], (B,), of images (B, C, *spatial) scaled to [0, 1]."""
-    loss = BoxLocalNormalizedCrossCorrelationLoss(moved.ndim - 2, kernel_size, reduction="none")
+def local_ncc(moved: Tensor, fixed: Tensor, kernel_size: int = 9, every: int = 1) -> Tensor:
+    """Mean squared local NCC in [0, 1], (B,), of images (B, C, *spatial) scaled to [0, 1].
+
+    Over the windows around every voxel or, in each direction, every second, third, ...
+    """
+    loss = BoxLocalNormalizedCrossCorrelationLoss(moved.ndim - 2, kernel_size, reduction="none", every=every)
     return -loss(moved, fixed).flatten(1).mean(1)
 
 

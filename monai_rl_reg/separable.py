@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def box_sum(x: Tensor, size: int) -> Tensor:
-    """Return the sums over windows of ``size`` voxels a side, odd, of (B, C, *spatial), with zeros around."""
-    return _filtered(x, [_window(x, n, size) for n in x.shape[2:]])
+def box_sum(x: Tensor, size: int, every: int = 1) -> Tensor:
+    """Return the sums over windows of ``size`` voxels a side, odd, of (B, C, *spatial), with zeros around.
+
+    The windows lie around every voxel or, in each direction, around every second, third, ... from the first on.
+    """
+    return _filtered(x, [_window(x, n, size, every) for n in x.shape[2:]])
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:
@@ -63,9 +66,8 @@ def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @_kept
-def _window(n: int, size: int) -> Tensor:
-    at = torch.arange(n)
-    return ((at[:, None] - at).abs() <= size // 2).float()
+def _window(n: int, size: int, every: int) -> Tensor:
+    return ((torch.arange(n)[:, None] - torch.arange(0, n, every)).abs() <= size // 2).float()
 
 
 @_kept
@@ -75,7 +77,7 @@ def _interpolation(n: int, factor: int) -> Tensor:
 
 @_kept
 def _differences(n: int) -> Tensor:
-    return torch.gradient(torch.eye(n), dim=1)[0]
+    return torch.gradient(torch.eye(n), dim=1)[0] if n > 1 else torch.zeros(1, 1)
 
 
 @_kept

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_rl_reg.metrics import local_ncc
+from monai_rl_reg.separable import slopes
 
 
 class Similarity(nn.Module, ABC):
@@ -37,24 +38,25 @@ class Similarity(nn.Module, ABC):
     def forward(self, moved: Tensor, fixed: Tensor) -> Tensor:
         """Return the similarity (B,) of images (B, 1, *spatial) scaled to [0, 1]."""
 
+    def estimate(self, moved: Tensor, fixed: Tensor) -> Tensor:
+        """Return nearly the same, where that is quicker: what the :meth:`pull` is the gradient of."""
+        return self(moved, fixed)
+
     def pull(self, moved: Tensor, fixed: Tensor) -> Tensor:
         """Return where each voxel of ``moved`` should look for the similarity to grow, (B, d, *spatial).
 
-        The gradient of the similarity with respect to a displacement of each voxel, times the number of voxels, so
+        The gradient of its :meth:`estimate` with respect to a displacement of each voxel, times the number of voxels, so
         that it does not depend on the images' size; no gradient flows back through it. Images are (B, 1, *spatial).
         """
         return self.value_and_pull(moved, fixed)[1]
 
     def value_and_pull(self, moved: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the similarity (B,) and its :meth:`pull`, in the time of the latter alone."""
+        """Return :meth:`estimate`, (B,), and its :meth:`pull`, in the time of the latter alone."""
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(moved.device.type, enabled=False):
             image = moved.detach().float().clone().requires_grad_()
-            value = self(image, fixed.clone() if fixed.is_inference() else fixed)
+            value = self.estimate(image, fixed.clone() if fixed.is_inference() else fixed)
             (gain,) = torch.autograd.grad(value.sum(), image)
-        edges = F.pad(moved.detach().float(), [1] * 2 * (moved.ndim - 2), mode="replicate")
-        inside: Any = (..., *[slice(1, -1)] * (moved.ndim - 2))
-        slopes = [slope[inside] for slope in torch.gradient(edges, dim=list(range(2, moved.ndim)))]
-        return value.detach(), gain[0].numel() * gain * torch.cat(slopes, dim=1)
+        return value.detach(), gain[0].numel() * gain * torch.cat(slopes(moved.detach().float()), dim=1)
 
 
 class LocalNCC(Similarity):
@@ -78,10 +80,20 @@ class LocalNCC(Similarity):
 
     def forward(self, moved: Tensor, fixed: Tensor) -> Tensor:
         """Return the mean over the scales, (B,)."""
-        total = local_ncc(moved, fixed, self.window)
+        return self._mean(moved, fixed, every=1)
+
+    def estimate(self, moved: Tensor, fixed: Tensor) -> Tensor:
+        """Return the mean over the windows around every second voxel in each direction, in two fifths of the time.
+
+        Overlapping as they are, they tell nearly as much as all of them.
+        """
+        return self._mean(moved, fixed, every=2)
+
+    def _mean(self, moved: Tensor, fixed: Tensor, every: int) -> Tensor:
+        total = local_ncc(moved, fixed, self.window, every)
         for _ in range(self.scales - 1):
             moved, fixed = self.pool(moved, 2), self.pool(fixed, 2)
-            total = total + local_ncc(moved, fixed, self.window)
+            total = total + local_ncc(moved, fixed, self.window, every)
         return total / self.scales
 
 

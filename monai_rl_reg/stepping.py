@@ -71,8 +71,7 @@ def take_steps(
     def note(now: State) -> None:
         field = bundle.task.output(now)
         history.append(field[0].cpu())
-        known = now.get("similarity")  # to a relaxation
-        curve.append({similarity.name: float(similarity(now["moved"], now["fixed"]) if known is None else known)})
+        curve.append({similarity.name: float(similarity(now["moved"], now["fixed"]))})
         for key, label in labels.items():
             moved = label[:, 1:].float()
             moved = warp(moved, field).round() if len(curve) > 1 else moved  # nothing has moved before
@@ -85,6 +84,9 @@ def take_steps(
             continue
         tick()
         if limit == "auto" and enough(curve, measure, least):
+            history.pop(), curve.pop()
+            state = bundle.task.settle(state)
+            note(state)
             break
     if limit == "auto" and working.seen is None and curve[-1][measure] < curve[0][measure]:
         state, history, curve = start, history[:1], curve[:1]

@@ -1,4 +1,4 @@
-"""The relaxation of a field between two actions."""
+"""The relaxation of a field after the last action."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def textured_pair(size: tuple[int, ...]) -> Tensor:
 
 
 def relaxed(task: RegistrationTask, image: Tensor) -> State:
-    state = task.reset(image)
-    return task.advance(state, torch.zeros_like(state["displacement"]))
+    return task.settle(task.reset(image))
 
 
 @pytest.mark.parametrize("field_stride", [1, 2])
@@ -39,7 +38,7 @@ def test_it_settles_the_field_where_the_images_agree(size: tuple[int, ...], fiel
     before, after = task.reset(image), relaxed(task, image)
     unlike = [1 - LocalNCC(len(size))(state["moved"], state["fixed"]).mean() for state in (before, after)]
     assert unlike[1] < 0.75 * unlike[0]
-    assert 0 < float(after["displacement"].norm(dim=1).max()) <= 6  # at most one voxel of the grid each time
+    assert 0 < float(after["displacement"].norm(dim=1).max()) <= 3  # at most half a voxel of the grid each time
     assert (jacobian_determinant(after["displacement"]) > 0).all()
     torch.testing.assert_close(after["moved"], task.warp(after["moving"], task.output(after)))
 
@@ -56,22 +55,22 @@ def test_what_is_seen_moves_with_the_field_that_was_kept() -> None:
 @pytest.mark.parametrize("similarity", [LocalNCC(3), MIND(3), MutualInformation(3)], ids=lambda s: s.name)
 def test_any_similarity_can_pull(similarity: Similarity) -> None:
     image = textured_pair((16, 14, 15))
-    task = RegistrationTask(3, field_stride=2, relax=3, similarity=similarity, smoothness_weight=0.0)
+    task = RegistrationTask(3, field_stride=2, relax=3, similarity=similarity)
     before, after = (similarity(s["moved"], s["fixed"]) for s in (task.reset(image), relaxed(task, image)))
     assert (after > before).all()
 
 
-def test_state_keeps_the_similarity_of_what_it_shows() -> None:
-    image = torch.cat([textured_pair((12, 10, 11)), torch.full((1, 2, 12, 10, 11), 0.5)])  # one gains, one does not
-    task = RegistrationTask(3, field_stride=2, relax=1)
-    after = relaxed(task, image)
-    torch.testing.assert_close(after["similarity"], task.similarity(after["moved"], after["fixed"]))
-    task.relax = 0
-    assert "similarity" not in task.advance(after, torch.ones_like(after["displacement"]))
+def test_without_it_the_state_stays_as_it_is() -> None:
+    state = RegistrationTask(3).reset(textured_pair((12, 10, 11)))
+    assert RegistrationTask(3).settle(state) is state
 
 
-def test_without_it_a_step_is_the_action_alone() -> None:
-    assert not relaxed(RegistrationTask(3), textured_pair((12, 10, 11)))["displacement"].any()
+def test_a_rough_field_is_smoothed_first() -> None:
+    task = RegistrationTask(3, relax=1)
+    flat = task.reset(torch.full((1, 2, 12, 10, 11), 0.5))
+    rough = task.advance(flat, 0.2 * torch.randn(1, 3, 12, 10, 11, generator=torch.Generator().manual_seed(0)))
+    after = task.settle(rough)
+    assert float(task.smoothness(after["displacement"])) < 0.3 * float(task.smoothness(rough["displacement"]))
 
 
 def test_without_anything_to_see_nothing_moves() -> None:
@@ -81,14 +80,14 @@ def test_without_anything_to_see_nothing_moves() -> None:
 
 @pytest.mark.parametrize("field_stride", [1, 2])
 def test_images_that_agree_stay_as_they_are(field_stride: int) -> None:
-    """All but a thousandth of a voxel. Steps of any length would swing about the best place if nothing held them."""
+    """But for the thousandth of a voxel they are off. Steps of any length would swing about if nothing held them."""
     image = torch.rand(1, 1, 24, 22, 20, generator=torch.Generator().manual_seed(2))
     image = F.avg_pool3d(image, 3, 1)
     task = RegistrationTask(3, field_stride=field_stride)
     fixed = task.warp(image, torch.full((1, 3, *image.shape[2:]), 1e-3))
     after = relaxed(RegistrationTask(3, field_stride=field_stride, relax=10), torch.cat([fixed, image], dim=1))
-    assert not after["displacement"].any()
-    torch.testing.assert_close(after["moved"], after["moving"])
+    assert float(after["displacement"].abs().max()) < 3e-3
+    torch.testing.assert_close(after["moved"], after["moving"], rtol=0, atol=1e-3)
 
 
 def test_mixed_precision_does_not_reach_the_field() -> None:
@@ -106,7 +105,7 @@ def test_each_pair_of_a_batch_is_relaxed_by_itself() -> None:
     torch.testing.assert_close(relaxed(task, image)["displacement"], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pair_is_relaxed_only_where_similarity_and_smoothness_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pair_is_relaxed_only_where_similarity_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second pair of the batch is pulled the wrong way."""
     right, sign = LocalNCC.value_and_pull, torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1, 1)
 
@@ -115,13 +114,13 @@ def test_a_pair_is_relaxed_only_where_similarity_and_smoothness_gain(monkeypatch
         return value, sign * pull
 
     monkeypatch.setattr(LocalNCC, "value_and_pull", wrong)
-    after = relaxed(RegistrationTask(3, field_stride=2, relax=2, smoothness_weight=0.1), textured_pair((16, 14, 15)))
+    after = relaxed(RegistrationTask(3, field_stride=2, relax=2), textured_pair((16, 14, 15)))
     assert after["displacement"][0].any()
     assert not after["displacement"][1].any()
     torch.testing.assert_close(after["moved"][1], after["moving"][1])
 
 
-@pytest.mark.parametrize(("weights", "relax"), [("model.pt", 0), ("model_without_labels.pt", 1)])
+@pytest.mark.parametrize(("weights", "relax"), [("model.pt", 0), ("model_without_labels.pt", 12)])
 @pytest.mark.parametrize("configs", [["inference.json"], ["train.json", "evaluate.json"]])
 def test_weights_that_see_structures_are_not_relaxed(configs: list[str], weights: str, relax: int) -> None:
     parser = ConfigParser()

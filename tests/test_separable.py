@@ -21,6 +21,8 @@ def test_sums_over_windows(size: tuple[int, ...], window: int) -> None:
     wide = F.pad(x, [window // 2] * 2 * (len(size) - 2))
     expected = pool(wide, window, stride=1, divisor_override=1)
     torch.testing.assert_close(box_sum(x, window), expected)
+    some = (..., *[slice(None, None, 2)] * (len(size) - 2))
+    torch.testing.assert_close(box_sum(x, window, every=2), expected[some])
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -26,8 +26,10 @@ from monai_rl_reg.warping import Warp
 
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
+RELAXED_LENGTH = 0.5
+"""In voxels of the field's grid: no voxel goes farther in one step of the relaxation."""
 RELAXED_SIGMA = 0.7
-"""Of the Gaussian that smooths a relaxed field, in voxels of its grid."""
+"""Of the Gaussian that smooths such a step, likewise."""
 
 
 class RegistrationTask(Task):
@@ -52,9 +54,9 @@ class RegistrationTask(Task):
         guide: a similarity whose pull on the moved image is observed beside the images: it tells where to go, and the
             policy learns how far. It is computed on the displacement's grid and on one of half its resolution, 2 d
             channels in all. None observes the images alone.
-        relax: how often the field is relaxed after every action, where that makes similarity and smoothness better. The
-            policy finds the way; the relaxation settles each voxel where the similarity pulls it, in detail that the
-            policy does not reach. For inference: the task loss judges the action alone.
+        relax: how often the field is relaxed after the last action, where that makes the images more alike. The policy
+            finds the way; the relaxation settles each voxel where the similarity pulls it, in detail that the policy
+            does not reach.
         similarity: of the images, in the task loss and the reward; by default :class:`LocalNCC`.
         similarity_weight: its weight in the task loss; 0 leaves it out.
         smoothness_weight: weight of the diffusion regulariser on the composed field, in voxels of its grid.
@@ -175,11 +177,38 @@ class RegistrationTask(Task):
         return torch.cat(seen, dim=1)
 
     def advance(self, state: State, action: Tensor) -> State:
-        """Compose the step field ``action``, (B, d, *grid) in voxels of its grid, relax; move the original image."""
-        after = self._displaced(state, compose(state["displacement"], action, self.warp))
-        for _ in range(self.relax):
-            after = self._relaxed(after)
-        return after
+        """Compose the step field ``action``, (B, d, *grid) in voxels of its grid; move the original image."""
+        return self._displaced(state, compose(state["displacement"], action, self.warp))
+
+    def settle(self, state: State) -> State:
+        """Smooth the field, and relax it ``relax`` times: compose steps of demons, a = h G * p / (|p| + mean |p|).
+
+        p is the similarity's pull, h at most :data:`RELAXED_LENGTH`, and G a Gaussian. So scaled, a weak edge pulls
+        nearly as far as a strong one. Every step is smooth by itself, as in a fluid, so that the field may come to be
+        as long as it has to. A step that does not bring a pair more similarity is taken back, and the next is half as
+        long: images that agree stay as they are.
+        """
+        if self.relax == 0:
+            return state
+        with torch.autocast(state["moved"].device.type, enabled=False):  # 16 bits know a displacement of 5 to 0.03
+            state = self._displaced(state, smooth(state["displacement"].float(), RELAXED_SIGMA))
+            value, pull = self._pulled(state)
+            each: tuple[int, ...] = len(value), *[1] * (pull.ndim - 1)
+            longest = torch.full_like(value, RELAXED_LENGTH)
+            for _ in range(self.relax):
+                length = pull.square().sum(1, keepdim=True).sqrt()  # torch's norm takes a millisecond for 8000 voxels
+                typical = length.mean(dim=list(range(1, length.ndim)), keepdim=True)
+                action = smooth(longest.reshape(each) * pull / (length + typical).clamp(min=1e-12), RELAXED_SIGMA)
+                after = self.advance(state, action)
+                value_after, pull_after = self._pulled(after)
+                better = value_after > value
+                chosen = better.reshape(each)
+                for key in {"displacement", "moved", "moved_anatomy"} & after.keys():
+                    after[key] = torch.where(chosen, after[key], state[key])
+                value, pull = torch.where(better, value_after, value), torch.where(chosen, pull_after, pull)
+                longest = torch.where(better, longest, longest / 2)
+                state = after
+        return state
 
     def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
         """Advance; return also the gain in score, (B,), and whether Dice has reached ``success``, (B,).
@@ -238,35 +267,13 @@ class RegistrationTask(Task):
         else:  # together, in 0.7 of the time
             moved = self.warp(torch.cat([state["moving"], state["moving_anatomy"]], dim=1), field)
             after["moved"], after["moved_anatomy"] = moved[:, :1], moved[:, 1:]
-        for key in ("score", "similarity"):  # were those of another displacement
-            after.pop(key, None)
+        after.pop("score", None)  # was that of another displacement
         return after
 
-    def _relaxed(self, state: State) -> State:
-        """A step of demons where it pays: u <- G * (u + p / (|p| + mean |p|)), p the similarity's pull.
-
-        So scaled, a weak edge pulls nearly as far as a strong one, and no voxel goes farther than one of the grid. The
-        steps do not shorten as images come to agree; so a pair stays as it is where similarity and smoothness, as
-        the task loss weighs them, do not gain.
-        """
-        with torch.autocast(state["moved"].device.type, enabled=False):  # 16 bits know a displacement of 5 to 0.03
-            before, pull = self.similarity.value_and_pull(state["moved"], state["fixed"])
-            pull = self._reduce(pull, self.field_stride)
-            length = pull.square().sum(1, keepdim=True).sqrt()  # torch's norm takes a millisecond for 8000 voxels
-            typical = length.mean(dim=list(range(1, length.ndim)), keepdim=True)
-            displacement = state["displacement"].float() + pull / (length + typical).clamp(min=1e-12)
-            displacement = smooth(displacement, RELAXED_SIGMA)
-            after = self._displaced(state, displacement)
-            relaxed = self.similarity(after["moved"], state["fixed"])
-            cost = self._roughness(displacement) - self._roughness(state["displacement"].float())
-            better = relaxed - before > self.smoothness_weight * cost
-        for key in {"displacement", "moved", "moved_anatomy"} & after.keys():
-            after[key] = torch.where(better.reshape(typical.shape), after[key], state[key])
-        after["similarity"] = torch.where(better, relaxed, before)
-        return after
-
-    def _roughness(self, displacement: Tensor) -> Tensor:
-        return torch.stack([self.smoothness(field[None]) for field in displacement])
+    def _pulled(self, state: State) -> tuple[Tensor, Tensor]:
+        """The similarity, (B,), and its pull on the field's grid."""
+        value, pull = self.similarity.value_and_pull(state["moved"], state["fixed"])
+        return value, self._reduce(pull, self.field_stride)
 
     def _require_labels(self, state: State) -> None:
         if (self.dice_weight > 0 or self.anatomy is not None) and "fixed_label" not in state:

@@ -40,6 +40,10 @@ class Task(nn.Module, ABC):
         can store those once.
         """
 
+    def settle(self, state: State) -> State:
+        """Return the state that inference ends with, from that after the last step: where a task finishes by itself."""
+        return state
+
     @abstractmethod
     def step(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
         """Return :meth:`advance`'s state, the reward (B,) and whether the episode has terminated, (B,) bool.
