@@ -120,7 +120,7 @@ def test_a_pair_is_relaxed_only_where_similarity_gains(monkeypatch: pytest.Monke
     torch.testing.assert_close(after["moved"][1], after["moving"][1])
 
 
-@pytest.mark.parametrize(("weights", "relax"), [("model.pt", 0), ("model_without_labels.pt", 12)])
+@pytest.mark.parametrize(("weights", "relax"), [("model.pt", 0), ("model_without_labels.pt", 16)])
 @pytest.mark.parametrize("configs", [["inference.json"], ["train.json", "evaluate.json"]])
 def test_weights_that_see_structures_are_not_relaxed(configs: list[str], weights: str, relax: int) -> None:
     parser = ConfigParser()

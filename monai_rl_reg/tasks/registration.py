@@ -299,7 +299,7 @@ class RegistrationTask(Task):
             return x
         pads = [p for n in x.shape[:1:-1] for p in (0, -n % stride)]
         pool = F.avg_pool3d if self.spatial_dims == 3 else F.avg_pool2d
-        return pool(F.pad(x, pads, mode="replicate"), stride)
+        return pool(F.pad(x, pads, mode="replicate") if any(pads) else x, stride)
 
     def _score(self, state: State) -> tuple[Tensor, Tensor]:
         folded = (jacobian_determinant(state["displacement"]) <= 0).flatten(1).float().mean(1)

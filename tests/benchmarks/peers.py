@@ -195,16 +195,18 @@ def voxelmorph(ckpt: str) -> Callable[[Array, Array, Array], Moved]:
 
 
 def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) -> Iterator[tuple[int, float, Moved]]:
-    """Yield each step of the policy, CPU seconds so far and the result after it."""
+    """Yield each number of steps, CPU seconds that they take with the relaxation that follows, and the result."""
     network, inferer = parts.get_parsed_content("network"), parts.get_parsed_content("inferer")
-    inferer.steps, seconds, started = steps, 0.0, time.process_time()
+    inferer.steps, seconds, started = steps + 1, 0.0, time.process_time()  # the last one comes settled: it is left out
     with torch.inference_mode():
         for number, state in enumerate(inferer.trajectory(image, network)):
-            if number == 0:
-                continue  # the start
-            field = inferer.task.output(state)
+            if number in (0, steps + 1):
+                continue
             seconds += time.process_time() - started
-            yield number, seconds, (field, Warp("nearest", "border")(label[:, 1:].float(), field))
+            started = time.process_time()
+            field = inferer.task.output(inferer.task.settle(state))
+            taken = seconds + time.process_time() - started
+            yield number, taken, (field, Warp("nearest", "border")(label[:, 1:].float(), field))
             started = time.process_time()
 
 
