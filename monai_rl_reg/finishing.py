@@ -16,6 +16,7 @@ from monai_rl_reg.geometry import (
     invert,
     reduced,
     sample,
+    sample_field,
     shift,
     slabs,
     transform_points,
@@ -109,7 +110,7 @@ class Correspondence:
             voxel = transform_points(to_fixed, came).float()
             inside = ((voxel >= 0) & (voxel <= size - 1)).all(0)
             if inside.any():
-                off = came - world + sample(self.displacement.displacement, voxel)
+                off = came - world + sample_field(self.displacement.displacement, voxel)
                 error = off.square().sum(0).sqrt()[inside]  # torch's norm takes several times as long
                 total, count = total + float(error.sum()), count + len(error)
                 largest = max(float(error.max()), largest) if count > len(error) else float(error.max())

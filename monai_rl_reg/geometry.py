@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from monai_rl_reg.separable import slopes
-from monai_rl_reg.warping import Warp
+from monai_rl_reg.warping import Warp, by_planes, sample_planes, tall_rows
 
 
 def compose(displacement: Tensor, step: Tensor, warp: Warp) -> Tensor:
@@ -96,6 +96,15 @@ def sample(image: Tensor, index: Tensor, *, mode: str = "bilinear", outside: str
     return out.reshape(-1, *shape)
 
 
+def sample_field(field: Tensor, index: Tensor) -> Tensor:
+    """Sample a smooth field (C, *spatial) as :func:`sample` does, off by thousandths of a voxel, in half the time."""
+    if field.ndim != 4 or not field.dtype == index.dtype == torch.float32 or not by_planes(field[None]):
+        return sample(field, index)
+    z, y, x = index[:, None]
+    y, x = (2 / max(n - 1, 1) * w - 1 for n, w in ((tall_rows(field[None]), y), (field.shape[3], x)))
+    return sample_planes(field[None], z, y, x)[0]
+
+
 def reduced(affine: Tensor, d: int) -> Tensor:
     """Return the (d+1, d+1) part of a (4, 4) affine: files of 2D images carry a 3D one."""
     keep = [*range(d), 3]
@@ -165,7 +174,7 @@ class DenseTransform:
         """Return g at world points (d, ...), in their precision."""
         to_grid = torch.linalg.inv(reduced(self.affine.double(), points.shape[0]))
         index = transform_points(to_grid, points.double()).float()
-        return sample(self.displacement, index).to(points.dtype)
+        return sample_field(self.displacement, index).to(points.dtype)
 
 
 WorldTransform = Tensor | DenseTransform
@@ -224,11 +233,11 @@ def invert(transform: DenseTransform, points: Tensor, *, iterations: int = 60, t
     z = transform_points(to_grid, points.flatten(1).double()).float()
     to_voxels = to_grid[:-1, :-1].float()
     # only the way from z to x, in millimetres: single precision knows it well
-    way = -sample(transform.displacement, z)
+    way = -sample_field(transform.displacement, z)
     found = torch.empty_like(way)
     here, held, best = torch.arange(z.shape[1], device=z.device), way, torch.full_like(z[0], torch.inf)
     for i in range(iterations):
-        off = way + sample(transform.displacement, torch.addmm(z, to_voxels, way))
+        off = way + sample_field(transform.displacement, torch.addmm(z, to_voxels, way))
         error = off.square().sum(0)
         better = error < best
         best, held = torch.where(better, error, best), torch.where(better, way, held)

@@ -81,11 +81,10 @@ class StepwiseInferer(Inferer):
         policy: Any = network
         after = follow(policy, self.task, state, self.steps, sample=self.sample, half=self.half)
         for taken, state in enumerate(after, start=1):
-            yield state if taken < self.steps else self._settled(state)
-
-    @torch.no_grad()
-    def _settled(self, state: State) -> State:
-        return self.task.settle(state)
+            if taken == self.steps:
+                with torch.no_grad():
+                    state = self.task.settle(state, taken)
+            yield state
 
 
 class FramewiseInferer(StepwiseInferer):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_rl_reg.metrics import local_ncc
-from monai_rl_reg.separable import slopes
+from monai_rl_reg.separable import gradient
 
 
 class Similarity(nn.Module, ABC):
@@ -45,7 +45,7 @@ class Similarity(nn.Module, ABC):
     def pull(self, moved: Tensor, fixed: Tensor) -> Tensor:
         """Return where each voxel of ``moved`` should look for the similarity to grow, (B, d, *spatial).
 
-        The gradient of its :meth:`estimate` with respect to a displacement of each voxel, times the number of voxels, so
+        The gradient of :meth:`estimate` with respect to a displacement of each voxel, times the number of voxels, so
         that it does not depend on the images' size; no gradient flows back through it. Images are (B, 1, *spatial).
         """
         return self.value_and_pull(moved, fixed)[1]
@@ -56,7 +56,7 @@ class Similarity(nn.Module, ABC):
             image = moved.detach().float().clone().requires_grad_()
             value = self.estimate(image, fixed.clone() if fixed.is_inference() else fixed)
             (gain,) = torch.autograd.grad(value.sum(), image)
-        return value.detach(), gain[0].numel() * gain * torch.cat(slopes(moved.detach().float()), dim=1)
+        return value.detach(), gain[0].numel() * gain * gradient(moved.detach().float())
 
 
 class LocalNCC(Similarity):

@@ -84,12 +84,13 @@ def take_steps(
             continue
         tick()
         if limit == "auto" and enough(curve, measure, least):
-            history.pop(), curve.pop()
-            state = bundle.task.settle(state)
-            note(state)
+            if working.seen is None and curve[-1][measure] < curve[0][measure]:
+                state, history, curve = start, history[:1], curve[:1]
+            else:
+                state = bundle.task.settle(state, len(history) - 1)
+                del history[-1], curve[-1]
+                note(state)
             break
-    if limit == "auto" and working.seen is None and curve[-1][measure] < curve[0][measure]:
-        state, history, curve = start, history[:1], curve[:1]
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
         proximity = PROXIMITY if bundle.sees else 0.0

@@ -20,6 +20,7 @@ from monai_rl_reg.geometry import (
     landing,
     ras_to_lps,
     sample,
+    sample_field,
     shift,
     slabs,
     transform_points,
@@ -232,3 +233,11 @@ def test_world_box_holds_every_voxel_centre_tightly(size: tuple[int, ...]) -> No
     low, high = world_box(affine, size)
     torch.testing.assert_close(low, world.amin(1))
     torch.testing.assert_close(high, world.amax(1))
+
+
+@pytest.mark.parametrize("size", [(7, 8, 9), (1, 5, 6), (6, 7)])
+def test_a_field_is_sampled_as_an_image_is(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    field = torch.rand(len(size), *size)
+    index = 12 * torch.rand(len(size), 4, 50) - 2  # some beyond the edges
+    torch.testing.assert_close(sample_field(field, index), sample(field, index), rtol=0, atol=1e-4)

@@ -8,7 +8,7 @@ import torch
 from monai.networks.layers import gaussian_1d, separable_filtering
 from torch.nn import functional as F
 
-from monai_rl_reg.separable import box_sum, enlarge, slopes, smooth
+from monai_rl_reg.separable import box_sum, enlarge, gradient, slopes, smooth
 
 SIZES = [(2, 3, 5, 6, 7), (2, 2, 5, 6), (1, 1, 2, 3, 4)]
 
@@ -57,3 +57,9 @@ def test_what_inference_made_serves_training_and_autocast_does_not_round() -> No
     torch.testing.assert_close(made, F.interpolate(x, scale_factor=2, mode="bilinear"))
     assert x.grad is not None
     assert float(x.grad.sum()) == pytest.approx(4 * x.numel(), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [(2, 1, 5, 6, 7), (2, 1, 5, 6), (1, 1, 2, 3, 1)])
+def test_the_gradient_is_all_slopes(size: tuple[int, ...]) -> None:
+    image = torch.rand(size)
+    torch.testing.assert_close(gradient(image), torch.cat(slopes(image), dim=1))

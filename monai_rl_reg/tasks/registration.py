@@ -54,9 +54,9 @@ class RegistrationTask(Task):
         guide: a similarity whose pull on the moved image is observed beside the images: it tells where to go, and the
             policy learns how far. It is computed on the displacement's grid and on one of half its resolution, 2 d
             channels in all. None observes the images alone.
-        relax: how often the field is relaxed after the last action, where that makes the images more alike. The policy
-            finds the way; the relaxation settles each voxel where the similarity pulls it, in detail that the policy
-            does not reach.
+        relax: how often the field is relaxed for each action, all after the last one, where that makes the images more
+            alike. The policy finds the way; the relaxation settles each voxel where the similarity pulls it, in detail
+            that the policy does not reach.
         similarity: of the images, in the task loss and the reward; by default :class:`LocalNCC`.
         similarity_weight: its weight in the task loss; 0 leaves it out.
         smoothness_weight: weight of the diffusion regulariser on the composed field, in voxels of its grid.
@@ -180,8 +180,8 @@ class RegistrationTask(Task):
         """Compose the step field ``action``, (B, d, *grid) in voxels of its grid; move the original image."""
         return self._displaced(state, compose(state["displacement"], action, self.warp))
 
-    def settle(self, state: State) -> State:
-        """Smooth the field, and relax it ``relax`` times: compose steps of demons, a = h G * p / (|p| + mean |p|).
+    def settle(self, state: State, steps: int) -> State:
+        """Smooth the field, and compose ``relax * steps`` steps of demons onto it, a = h G * p / (|p| + mean |p|).
 
         p is the similarity's pull, h at most :data:`RELAXED_LENGTH`, and G a Gaussian. So scaled, a weak edge pulls
         nearly as far as a strong one. Every step is smooth by itself, as in a fluid, so that the field may come to be
@@ -195,12 +195,15 @@ class RegistrationTask(Task):
             value, pull = self._pulled(state)
             each: tuple[int, ...] = len(value), *[1] * (pull.ndim - 1)
             longest = torch.full_like(value, RELAXED_LENGTH)
-            for _ in range(self.relax):
+            for left in reversed(range(self.relax * steps)):
                 length = pull.square().sum(1, keepdim=True).sqrt()  # torch's norm takes a millisecond for 8000 voxels
                 typical = length.mean(dim=list(range(1, length.ndim)), keepdim=True)
                 action = smooth(longest.reshape(each) * pull / (length + typical).clamp(min=1e-12), RELAXED_SIGMA)
                 after = self.advance(state, action)
-                value_after, pull_after = self._pulled(after)
+                if left:
+                    value_after, pull_after = self._pulled(after)
+                else:  # nobody follows the last one's pull
+                    value_after, pull_after = self.similarity.estimate(after["moved"], after["fixed"]), pull
                 better = value_after > value
                 chosen = better.reshape(each)
                 for key in {"displacement", "moved", "moved_anatomy"} & after.keys():

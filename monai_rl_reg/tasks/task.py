@@ -40,8 +40,8 @@ class Task(nn.Module, ABC):
         can store those once.
         """
 
-    def settle(self, state: State) -> State:
-        """Return the state that inference ends with, from that after the last step: where a task finishes by itself."""
+    def settle(self, state: State, steps: int) -> State:
+        """Return the state that inference ends with, from that after so many steps: where a task finishes by itself."""
         return state
 
     @abstractmethod

@@ -204,7 +204,7 @@ def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) 
                 continue
             seconds += time.process_time() - started
             started = time.process_time()
-            field = inferer.task.output(inferer.task.settle(state))
+            field = inferer.task.output(inferer.task.settle(state, number))
             taken = seconds + time.process_time() - started
             yield number, taken, (field, Warp("nearest", "border")(label[:, 1:].float(), field))
             started = time.process_time()

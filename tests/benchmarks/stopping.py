@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,11 +27,9 @@ from monai_rl_reg.data import read_pairs
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.request import Pair
 from monai_rl_reg.stepping import enough, take_steps
-from monai_rl_reg.working import GivenPair
+from monai_rl_reg.tasks.registration import RegistrationTask
+from monai_rl_reg.working import GivenPair, WorkingPair
 
-STEPS = 12
-MOST = 10
-"""Steps that a stop may take; the last two of the curve only show what more would give."""
 MOTIONS = {0.0: 0.0, 13.5: 3.6, 27.0: 7.2, 45.0: 12.0}
 """Degrees to millimetres."""
 
@@ -50,12 +49,21 @@ def moved(pair: Pair, degrees: float, millimetres: float, random: np.random.Gene
     return replace(pair, moving=image, moving_label=label)
 
 
-def stops(curve: list[dict[str, float]], measure: str, least: float) -> tuple[int, int]:
+def course(bundle: PolicyBundle, working: WorkingPair, steps: int) -> list[dict[str, float]]:
+    """Return the measures that a stop goes by after every step, and the Dice that stopping there comes to."""
+    curve = take_steps(bundle, working, steps + 1).curve[:-1]  # the last one comes relaxed
+    if cast(RegistrationTask, bundle.task).relax:
+        for taken in range(1, steps + 1):
+            curve[taken]["dice"] = take_steps(bundle, working, taken).curve[-1]["dice"]
+    return curve
+
+
+def stops(curve: list[dict[str, float]], measure: str, least: float, most: int) -> tuple[int, int]:
     """Return the step that the rule of ``--stop auto`` stops at, by this measure and gain, and the one that it keeps.
 
     It keeps none where the similarity is less than before the first.
     """
-    taken = next((n for n in range(1, MOST) if enough(curve[: n + 1], measure, least)), MOST)
+    taken = next((n for n in range(1, most) if enough(curve[: n + 1], measure, least)), most)
     return taken, 0 if measure != "seen_dice" and curve[taken][measure] < curve[0][measure] else taken
 
 
@@ -70,6 +78,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     bundle = PolicyBundle(ckpt=arguments.ckpt, device="cpu")
+    most = 2 * bundle.steps  # as many as a stop may take; two more only show what they would give
+    total = most + 2
     random = np.random.default_rng(0)
     curves, motions = [], []
     for row in tqdm(read_pairs(arguments.pairs)[:: arguments.every], unit="pair"):
@@ -78,7 +88,7 @@ def main() -> None:
             one = moved(pair, degrees, millimetres, random)
             given = GivenPair(bundle, one.fixed, one.moving, one.fixed_label, one.moving_label)
             working = given.onto_fixed(torch.eye(4, dtype=torch.float64))
-            curves.append(take_steps(bundle, working, STEPS).curve)
+            curves.append(course(bundle, working, total))
             motions.append(degrees)
     dice = np.array([[point["dice"] for point in curve] for curve in curves])
     fixed = dice.mean(0)
@@ -92,15 +102,15 @@ def main() -> None:
         by = {f"steps at {d:g} degrees": float(at[np.array(motions) == d].mean()) for d in sorted(set(motions))}
         rows.append({"rule": rule, "threshold": least, "steps": steps, "Dice": reached, "fixed needs": needed} | by)
 
-    for number in range(1, STEPS + 1):
+    for number in range(1, total + 1):
         note("fixed", number, np.full(len(dice), number))
     for least in (0.002, 0.005, 0.01, 0.02, 0.05):
         for rule, measure in (("seen", "seen_dice"), ("similarity", bundle.similarity.name)):
             if measure not in curves[0][0]:
                 continue
-            note(rule, least, *np.array([stops(curve, measure, least) for curve in curves]).T)
+            note(rule, least, *np.array([stops(curve, measure, least, most) for curve in curves]).T)
     for price in (0.0005, 0.001, 0.002, 0.004, 0.008):
-        note("true Dice, which nobody knows", price, (dice - price * np.arange(STEPS + 1))[:, : MOST + 1].argmax(1))
+        note("true Dice, which nobody knows", price, (dice - price * np.arange(total + 1))[:, : most + 1].argmax(1))
     table = pd.DataFrame(rows)
     table["saved"] = 1 - table["steps"] / table["fixed needs"]
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -109,7 +119,7 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for rule, part in table.groupby("rule", sort=False):
         axes.plot(part["steps"], part["Dice"], "o-", label=rule)
-    axes.set(xlabel="mean steps", ylabel="mean Dice", xlim=(1.5, MOST + 0.5), ylim=(float(fixed[2]) - 0.02, None))
+    axes.set(xlabel="mean steps", ylabel="mean Dice", xlim=(0.5, most + 0.5), ylim=(float(fixed[2]) - 0.02, None))
     axes.legend()
     figure.savefig(arguments.output / "stopping.png", dpi=110)
 
