@@ -78,15 +78,16 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
     def _of_target(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Sum and variance in every window; kept while the target lives, as steps ask for the same fixed image."""
         lasting = not (target.requires_grad or target.is_inference() or torch.is_inference_mode_enabled())
+        known = _TARGETS.setdefault(target, {}) if lasting else {}
         key = (target._version, self.kernel_size, self.every, self.smooth_dr) if lasting else None
-        if key is not None and (known := _TARGETS.get(target)) is not None and known[0] == key:
-            return known[1]
-        t = target.float()
-        t_sum, t2_sum = self._sums(t, t * t)
-        found = t_sum, (t2_sum - t_sum * t_sum / self.kernel_size**self.ndim).clamp(min=self.smooth_dr)
-        if key is not None:
-            _TARGETS[target] = key, found
-        return found
+        if key not in known:
+            t = target.float()
+            t_sum, t2_sum = self._sums(t, t * t)
+            found = t_sum, (t2_sum - t_sum * t_sum / self.kernel_size**self.ndim).clamp(min=self.smooth_dr)
+            for before in [k for k in known if k[0] != target._version]:
+                del known[before]
+            known[key] = found
+        return known[key]
 
 
 class SoftActorCriticLoss(nn.Module):
