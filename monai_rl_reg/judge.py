@@ -24,6 +24,8 @@ from monai_rl_reg.data import read_pairs
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.nifti import read_image, replacing
 
+LEAST_STEPS = 5
+"""Of a registration that teaches: early steps are what failures look like."""
 NEAREST = 50
 """Known registrations that answer for one whose Dice is not known."""
 BOUNDS = (0.05, 0.95)
@@ -126,8 +128,6 @@ def calibrate(
 ) -> Judge:
     """Give a checkpoint its judge: register pairs with known labels, and keep seen and true Dice after every step.
 
-    The early steps are what failures look like.
-
     Args:
         pairs: CSV with the columns ``fixed,moving,fixed_label,moving_label``, or its rows as dictionaries; of images
             that no training saw.
@@ -164,7 +164,8 @@ def calibrate(
         if missing:
             raise InputError(f"pair of {row['fixed']}: expected labels of both images, found no {missing[0]}")
         pair = Pair.read(**{key: row[key] for key in ("fixed", "moving", "fixed_label", "moving_label")})
-        for step in registrar.register(pair, Options(inverse=False)).curve:
+        options = Options(max(policy.steps, LEAST_STEPS), inverse=False)
+        for step in registrar.register(pair, options).curve:
             seen.append(step["seen_dice"])
             true.append(step["dice"])
     if len(seen) < NEAREST:

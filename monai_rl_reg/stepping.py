@@ -106,8 +106,8 @@ def enough(curve: Sequence[Mapping[str, float]], measure: str, least: float) -> 
     """Return whether the last step gained so little that another one is not worth its time.
 
     Structures that are seen must agree by :data:`~monai_rl_reg.quality.LEAST_SEEN` besides: a pair that begins far
-    apart gains little in its first steps. Of the similarity the last two steps count together: one that lost may be made
-    good by the next.
+    apart gains little in its first steps. Of the similarity the last two steps count together: one that lost may be
+    made good by the next.
 
     Args:
         curve: of :class:`Steps`, after at least one step.
