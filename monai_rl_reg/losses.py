@@ -32,7 +32,7 @@ class BoxLocalNormalizedCrossCorrelationLoss(LocalNormalizedCrossCorrelationLoss
         spatial_dims: 2 or 3.
         kernel_size: window size in voxels, odd.
         smooth_nr, smooth_dr, reduction: as in MONAI's class.
-        every: 2 takes the mean over the windows around every second voxel in each direction, in a third of the time.
+        every: 2 takes the mean over the windows around every second voxel in each direction, in two fifths of the time.
     """
 
     def __init__(

@@ -77,17 +77,20 @@ def take_steps(
             moved = warp(moved, field).round() if len(curve) > 1 else moved  # nothing has moved before
             curve[-1][key] = float(mean_label_dice(moved, label[:, :1]).nan_to_num(0.0))
 
-    for state in _trajectory(bundle, working, 2 * bundle.steps if limit == "auto" else int(limit)):
+    most = 2 * bundle.steps
+    # one more than may be taken, for the last one comes settled: whether it is to be is decided here
+    for state in _trajectory(bundle, working, most + 1 if limit == "auto" else int(limit)):
         note(state)
-        if len(curve) == 1:
+        taken = len(history) - 1
+        if taken == 0:
             start = state
             continue
         tick()
-        if limit == "auto" and enough(curve, measure, least):
+        if limit == "auto" and (taken == most or enough(curve, measure, least)):
             if working.seen is None and curve[-1][measure] < curve[0][measure]:
                 state, history, curve = start, history[:1], curve[:1]
             else:
-                state = bundle.task.settle(state, len(history) - 1)
+                state = bundle.task.settle(state, taken)
                 del history[-1], curve[-1]
                 note(state)
             break

@@ -80,6 +80,20 @@ def test_auto_stops_by_itself(
     assert gains[-1] < 0.02
 
 
+@pytest.mark.parametrize("content", [False, True])
+def test_auto_settles_once_what_it_ends_with(
+    content: bool, oblique_files: dict[str, str], registrar: Registrar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it ends: at the most steps that it may take, or there because they are enough."""
+    bundle, settled = registrar.bundle(3), []
+    monkeypatch.setattr(bundle.task, "settle", lambda state, steps: settled.append(steps) or state)
+    most = 2 * bundle.steps
+    monkeypatch.setattr("monai_rl_reg.stepping.enough", lambda curve, *_: content and len(curve) == most + 1)
+    done = registrar.register(Pair.read(oblique_files["fixed"], oblique_files["moving"]), Options(steps="auto"))
+    assert settled == [most]
+    assert done.quality["steps"] == most == len(done.curve) - 1
+
+
 def test_auto_leaves_what_agrees_as_it_is(oblique_files: dict[str, str], registrar: Registrar) -> None:
     pair = Pair.read(oblique_files["fixed"], oblique_files["fixed"])
     shift = registrar.bundle(3).network.register_forward_hook(lambda network, observation, action: action + 1)

@@ -195,11 +195,12 @@ def test_the_pull_is_the_gradient_along_a_displacement(kind: type[Similarity], d
     assert gain == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_estimate_is_nearly_the_similarity(kind: type[Similarity]) -> None:
+def test_an_estimate_is_nearly_the_similarity() -> None:
     fixed = picture(3)
     moved = Warp("bilinear", "border")(fixed, waves(3, 32, 1.5))
-    assert float(kind(3).estimate(moved, fixed)) == pytest.approx(float(kind(3)(moved, fixed)), rel=0.01)
+    exact, estimate = (float(f(moved, fixed)) for f in (LocalNCC(3), LocalNCC(3).estimate))
+    assert estimate != exact
+    assert estimate == pytest.approx(exact, rel=0.01)
 
 
 def test_the_pull_does_not_depend_on_how_much_surrounds_it() -> None:

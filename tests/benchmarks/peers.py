@@ -27,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +198,11 @@ def voxelmorph(ckpt: str) -> Callable[[Array, Array, Array], Moved]:
 def policy_steps(parts: ConfigParser, image: Tensor, label: Tensor, steps: int) -> Iterator[tuple[int, float, Moved]]:
     """Yield each number of steps, CPU seconds that they take with the relaxation that follows, and the result."""
     network, inferer = parts.get_parsed_content("network"), parts.get_parsed_content("inferer")
-    inferer.steps, seconds, started = steps + 1, 0.0, time.process_time()  # the last one comes settled: it is left out
+    inferer.steps, seconds, started = steps + 1, 0.0, time.process_time()  # the last one would come settled
     with torch.inference_mode():
-        for number, state in enumerate(inferer.trajectory(image, network)):
-            if number in (0, steps + 1):
-                continue
+        for number, state in enumerate(islice(inferer.trajectory(image, network), steps + 1)):
+            if number == 0:
+                continue  # the start
             seconds += time.process_time() - started
             started = time.process_time()
             field = inferer.task.output(inferer.task.settle(state, number))
