@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 images = ["torchvision", "pillow", "scikit-image", "scikit-learn", "lpips", "opencv-python-headless", "av"]
-test = [*images, "pytest>=8", "jsonschema", "mlflow>=2.15", "ruff>=0.8", "mypy>=1.10"]
+test = [*images, "pytest>=8", "pytest-xdist>=3.5", "jsonschema", "mlflow>=2.15", "ruff>=0.8", "mypy>=1.10"]
 # its own environment: MONAI Label needs numpy below 2, and starts with these versions only (its issue 1841)
 label = ["monailabel==0.8.5", "pydicom<3", "pynetdicom<3", "dicomweb-client[gcp]<0.60"]
 docs = ["sphinx>=7", "myst-parser>=3", "furo", "sphinx-mathjax-offline"]

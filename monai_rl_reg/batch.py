@@ -16,11 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from monai_rl_reg.data import read_pairs
 from monai_rl_reg.errors import InputError, find_input_error
+from monai_rl_reg.folders import drop_leftovers
 from monai_rl_reg.nifti import replacing
 from monai_rl_reg.policy_bundle import file_stamp
 from monai_rl_reg.quality import plain
@@ -120,8 +122,12 @@ def register_pairs(
         _check_writable(output / f".writable.{rank}")
         shares: list[Any] = [None] * world
         rows: list[dict[str, Any]] = []
-        _drop_shares(output, rank, world)  # of an earlier run that was killed
-        made_by = {"options": asdict(options), "save": save, "weights": registrar.made_by()}
+        if rank == 0:  # of an earlier run that was killed
+            for job in jobs:
+                drop_leftovers(output / job["name"])
+        _drop_shares(output, rank, world)
+        given = asdict(options) | {"initial": _named(options.initial)}
+        made_by = {"options": given, "save": save, "weights": registrar.made_by()}
         if isinstance(options.initial, str | Path) and Path(options.initial).is_file():
             made_by["initial"] = file_stamp(options.initial)
         work = _work(jobs[rank::world], output, registrar, options, resume, save, made_by)
@@ -165,7 +171,7 @@ def _work(
             current = following or reader.submit(_prepare, job, output, known)
             following = reader.submit(_prepare, jobs[i + 1], output, known) if i + 1 < len(jobs) else None
             if current.exception() is None and isinstance(pair := current.result(), Pair):
-                registrar.bundle(pair.fixed.ndim - 1)  # a bundle that cannot be used ends it all
+                _check_bundle(registrar, pair.fixed.ndim - 1)
             try:
                 ready = current.result()
                 if isinstance(ready, Pair):
@@ -185,9 +191,10 @@ def _prepare(job: dict[str, str], output: Path, made_by: dict[str, Any] | None) 
         with contextlib.suppress(OSError, ValueError):
             quality: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             then, now = quality.get("made_of", {}), json.loads(json.dumps(plain(_made_of(job) | made_by), default=str))
-            if then == now:
+            missing = [name for name in quality.get("files", []) if not (path.parent / name).is_file()]
+            if then == now and not missing:
                 return quality
-            changed = [key for key in {*then, *now} if then.get(key) != now.get(key)]
+            changed = missing + [key for key in {*then, *now} if then.get(key) != now.get(key)]
             logger.info("%s: registered again, changed since: %s", job["name"], ", ".join(sorted(changed)))
     return Pair.read(**{key: value for key, value in job.items() if key != "name"})
 
@@ -195,6 +202,17 @@ def _prepare(job: dict[str, str], output: Path, made_by: dict[str, Any] | None) 
 def _made_of(job: dict[str, str]) -> dict[str, Any]:
     """The files that a pair is made of, each with what tells it from another one of its name."""
     return {role: file_stamp(path) for role, path in job.items() if role != "name"}
+
+
+def _check_bundle(registrar: Registrar, spatial_dims: int) -> None:
+    """A bundle that cannot be used ends it all; one that can, but not for this pair, is the pair's own failure."""
+    if not any(registrar.serves(d) for d in (spatial_dims, 5 - spatial_dims)):
+        registrar.bundle(spatial_dims)
+
+
+def _named(initial: Any) -> Any:
+    """An initial transform as JSON can hold it."""
+    return initial.tolist() if isinstance(initial, torch.Tensor) else None if initial is None else str(initial)
 
 
 def _failure(job: dict[str, str], error: Exception) -> dict[str, Any]:

@@ -198,6 +198,14 @@ def _register(args: argparse.Namespace) -> int:
     return 0
 
 
+def _own_device() -> str | None:
+    """The GPU of this process of several, which torchrun numbers on each machine; None leaves it to the bundle."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % count}" if "LOCAL_RANK" in os.environ and count > 0 else None
+
+
 def _register_pairs(args: argparse.Namespace) -> int:
     with quick_imports():
         from monai_rl_reg.batch import register_pairs
@@ -205,7 +213,7 @@ def _register_pairs(args: argparse.Namespace) -> int:
         from monai_rl_reg.request import Options
 
     options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial, by_label=args.by_label)
-    registrar = Registrar(bundle=args.bundle, ckpt=args.ckpt, device=args.device)
+    registrar = Registrar(bundle=args.bundle, ckpt=args.ckpt, device=args.device or _own_device())
     rows = register_pairs(
         args.pairs,
         args.output,

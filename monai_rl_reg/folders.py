@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 import tempfile
@@ -63,6 +64,12 @@ def replacing_folder(folder: str | Path, ours: Set[str]) -> Iterator[Path]:
             _give_back(staging, folder.resolve(), ours)
         else:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove what a run that was killed had written for this folder and not put in its place."""
+    for staging in folder.parent.glob(f".{glob.escape(folder.name)}.{'?' * 8}"):
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _take_after(staging: Path, folder: Path) -> None:

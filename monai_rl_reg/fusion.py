@@ -20,6 +20,9 @@ from monai_rl_reg.geometry import DenseTransform
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import label_dice
 
+LEAST_WEIGHT = 1e-3
+"""Of a vote: where an image is flat, and no atlas is like it or unlike it, they count alike."""
+
 
 def local_similarity(moved: Tensor, fixed: Tensor, window: int = 9) -> Tensor:
     """Return the squared local NCC around every voxel, in [0, 1], of images (1, *spatial) of any intensities."""
@@ -37,14 +40,15 @@ def fuse(labels: Sequence[MetaTensor], displacements: Sequence[MetaTensor], weig
     Args:
         labels: label map (1, *moving) of each atlas.
         displacements: (d, *fixed) in RAS millimetres, from the fixed image to each atlas.
-        weights: (1, *fixed), of each atlas.
+        weights: (1, *fixed), of each atlas; less than :data:`LEAST_WEIGHT` counts as that.
     """
+    weights = [weight.clamp(min=LEAST_WEIGHT) for weight in weights]
     identity = torch.eye(4, dtype=torch.float64)
     ways = []
     for displacement in displacements:
         field = DenseTransform(displacement.as_tensor(), displacement.affine)
         ways.append(Correspondence(identity, field, field))
-    background = torch.stack(list(weights)).sum(0)
+    background = torch.stack(weights).sum(0)
     most = torch.zeros_like(background)
     fused = torch.zeros_like(background, dtype=torch.int32)
     for value in sorted({int(v) for label in labels for v in torch.unique(label.as_tensor()) if v > 0}):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.folders import replacing_folder
 from monai_rl_reg.inferer import StepwiseInferer, clock
 from monai_rl_reg.metrics import folded_percent, log_jacobian_std
 from monai_rl_reg.nifti import replacing, write_displacement, write_image
@@ -306,28 +305,17 @@ class PictureWriter:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write a result's files into a folder beside it first, then move each into place.
+    """Write a result's files into a folder, in place of those of an earlier result; they appear together.
 
     Raises:
         InputError: if the folder cannot be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder, prefix="."))
-    except OSError as error:
-        raise InputError(
-            f"output {folder}: expected a folder that can be written to, found: {error.strerror}"
-        ) from error
-    try:
+    with replacing_folder(folder, {"moved.nii.gz", "moved_label.nii.gz", "displacement.nii.gz"}) as staging:
         affine = result["displacement"].affine
         write_image(staging / "moved.nii.gz", result["moved"], affine)
         write_displacement(staging / "displacement.nii.gz", result["displacement"].as_tensor(), affine)
         if "moved_label" in result:
             write_image(staging / "moved_label.nii.gz", result["moved_label"], affine)
-        for file in sorted(staging.iterdir()):
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _column_order(name: str) -> tuple[int, int]:

@@ -16,8 +16,6 @@ from monai_rl_reg.geometry import DenseTransform, WorldTransform, ras_to_lps, re
 
 FIELD_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 """Files that hold a displacement field as an image of vectors, as ANTs writes them, and not as an ITK transform."""
-MARGIN = 8
-"""Voxels by which the grid that a non-linear transform is sampled on reaches beyond the fixed image."""
 
 
 def flip(d: int) -> Tensor:
@@ -81,7 +79,8 @@ def read_transform(path: str | Path, fixed: MetaTensor) -> WorldTransform:
 
     Args:
         path: ``.h5``, ``.tfm``, ``.txt``, ``.mat`` (ANTs) or ``.xfm``; or an image of vectors.
-        fixed: (1, *spatial); on its grid, and a little beyond, a transform that is not linear is sampled.
+        fixed: (1, *spatial); a transform that is not linear is sampled on its grid. Beyond, it goes on as at the edge,
+            where a displacement field of ITK ends, and leaves points where they are.
 
     Raises:
         InputError: if the file is missing, cannot be read, has another number of dimensions, or cannot be inverted.
@@ -107,9 +106,8 @@ def read_transform(path: str | Path, fixed: MetaTensor) -> WorldTransform:
         if not torch.isfinite(matrix).all() or abs(float(torch.linalg.det(matrix))) < 1e-9:
             raise InputError(f"initial transform {path}: expected one that can be inverted, found {matrix.tolist()}")
         return matrix
-    affine = fixed.affine.double().clone()
-    affine[:3, 3] -= affine[:3, :d].sum(1) * MARGIN
-    grid = to_itk(torch.zeros(1, *[n + 2 * MARGIN for n in fixed.shape[1:]]), affine)
+    affine = fixed.affine.double()
+    grid = to_itk(fixed.as_tensor(), affine)
     field = sitk.TransformToDisplacementField(
         transform, sitk.sitkVectorFloat32, grid.GetSize(), grid.GetOrigin(), grid.GetSpacing(), grid.GetDirection()
     )

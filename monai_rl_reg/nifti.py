@@ -74,14 +74,14 @@ def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
             source = read_series(path, what)  # a folder, or one of its series by number
         elif path.exists():
             volume = _load_file(path, what)
-            return volume.as_tensor(), volume.affine.double()
+            return volume.as_tensor(), to_affine_nd(3, volume.affine).double()  # ITK's formats give 2D a 3 x 3 one
         else:
             raise InputError(f"{what} {path}: expected a file, found none")
     if isinstance(source, MetaTensor):
         affine = to_affine_nd(3, source.affine).double()
         if source.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS:
             affine = torch.diag(ras_to_lps(torch.ones(4, dtype=torch.float64))) @ affine
-        whole = source.as_tensor().detach().float()
+        whole = source.as_tensor().detach().cpu().float()
         return whole[0] if whole.ndim > 2 and whole.shape[0] == 1 else whole, affine
     if isinstance(source, SpatialImage):
         if source.affine is None:

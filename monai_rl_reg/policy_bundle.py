@@ -31,12 +31,18 @@ WITH_LABELS = "with_labels.json"
 
 
 def file_stamp(path: str | Path) -> dict[str, Any]:
-    """Return a file's or folder's full path, its size, and when it was last changed; the path alone if it is none."""
+    """Return a file's full path, its size, and when it was last changed; the path alone if it is none.
+
+    Of a folder, such as a DICOM series, its files count, all together; also of one that is no path but a series in it.
+    """
     path = Path(path).resolve()
-    if not path.exists():
+    there = path if path.exists() or not path.parent.is_dir() or not path.suffix[1:].isdigit() else path.parent
+    if not there.exists():
         return {"path": str(path)}
-    status = path.stat()
-    return {"path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
+    found = [file.stat() for file in there.iterdir()] if there.is_dir() else []
+    found.append(there.stat())
+    size, changed = sum(status.st_size for status in found), max(status.st_mtime_ns for status in found)
+    return {"path": str(path), "size": size, "changed": changed}
 
 
 def policy_files(folder: str | Path | None, ckpt: str | Path | None) -> dict[str, Any]:

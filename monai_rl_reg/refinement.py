@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from monai.transforms import MapTransform
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from monai_rl_reg.geometry import compose
@@ -168,14 +168,14 @@ class RefineDisplacementd(MapTransform):
         task = self.task or RegistrationTask(image.ndim - 2, fold_weight=FOLD_WEIGHT)
         start = task.to(image.device).reset(image)
         for key in self.key_iterator(out):
-            field = convert_to_tensor(out[key], track_meta=False)[None].float()
+            field = convert_to_tensor(out[key], track_meta=False)[None].to(image)
             if field.shape != start["displacement"].shape:
                 expected, found = tuple(start["displacement"].shape[1:]), tuple(field.shape[1:])
                 raise ValueError(f"{key}: expected a field on the task's grid of shape {expected}, got {found}")
             with torch.no_grad():
                 state = task.advance(start, field)
             refined = refine(task, state, _no_policy, seconds=self.seconds, iterations=self.iterations)
-            out[key] = refined.state["displacement"][0].to(convert_to_tensor(out[key], track_meta=False).dtype)
+            out[key] = convert_to_dst_type(refined.state["displacement"][0], out[key])[0]
         return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -110,7 +111,8 @@ class Registration:
                 from monai_rl_reg.report import write_report  # matplotlib only where it is needed
 
                 write_report(self, staging / "report.html")
-            text = json.dumps(plain(self.quality), indent=2, ensure_ascii=False)
+            written = sorted({"quality.json", *(file.name for file in staging.iterdir())})
+            text = json.dumps(plain(self.quality | {"files": written}), indent=2, ensure_ascii=False)
             (staging / "quality.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -137,11 +139,27 @@ class Registrar:
         """Return the bundle for 2D or 3D images, loaded at the first call.
 
         Raises:
-            InputError: if the bundle or its weights cannot be used.
+            InputError: if the bundle or its weights cannot be used, or not for images of so many dimensions.
         """
         if spatial_dims not in self._loaded:
-            self._loaded[spatial_dims] = PolicyBundle(**self.settings, spatial_dims=spatial_dims)
+            try:
+                self._loaded[spatial_dims] = PolicyBundle(**self.settings, spatial_dims=spatial_dims)
+            except InputError as error:
+                other = 5 - spatial_dims
+                if not self.serves(other):
+                    raise
+                ckpt = self._loaded[other].ckpt
+                raise InputError(
+                    f"checkpoint {ckpt}: expected images of {other} dimensions, found some of {spatial_dims}"
+                ) from error
         return self._loaded[spatial_dims]
+
+    def serves(self, spatial_dims: int) -> bool:
+        """Return whether bundle and weights can be used for images of so many dimensions."""
+        if spatial_dims not in self._loaded:
+            with contextlib.suppress(InputError):
+                self._loaded[spatial_dims] = PolicyBundle(**self.settings, spatial_dims=spatial_dims)
+        return spatial_dims in self._loaded
 
     def made_by(self) -> dict[str, Any]:
         """Return what tells this policy from another one: its files, each with its size and time of change.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from itertools import combinations
-from typing import Any
 
 import torch
 from monai.losses import GlobalMutualInformationLoss
@@ -103,8 +102,8 @@ class MutualInformation(Similarity):
     Args:
         spatial_dims: 2 or 3.
         bins: of the joint histogram, in each image.
-        most_voxels: of larger images every second, third, ... voxel counts: the Parzen windows of all would take
-            ``bins`` times the images' memory.
+        most_voxels: of larger images the means of blocks of 2, 3, ... voxels a side count: the Parzen windows of all
+            voxels would take ``bins`` times the images' memory.
     """
 
     name = "mutual_information"
@@ -114,6 +113,7 @@ class MutualInformation(Similarity):
     def __init__(self, spatial_dims: int = 3, *, bins: int = 24, most_voxels: int = 300_000) -> None:
         super().__init__()
         self.spatial_dims = spatial_dims
+        self.pool = F.avg_pool3d if spatial_dims == 3 else F.avg_pool2d
         self.most_voxels = most_voxels
         self.loss = GlobalMutualInformationLoss(num_bins=bins, reduction="none")
 
@@ -121,8 +121,7 @@ class MutualInformation(Similarity):
         """Return the mutual information (B,)."""
         every = math.ceil((moved[0].numel() / self.most_voxels) ** (1 / self.spatial_dims))
         if every > 1:
-            coarse: Any = (..., *[slice(None, None, every)] * self.spatial_dims)
-            moved, fixed = moved[coarse], fixed[coarse]
+            moved, fixed = self.pool(moved.float(), every), self.pool(fixed.float(), every)
         with torch.autocast(moved.device.type, enabled=False):  # the joint histogram needs its digits
             information: Tensor = -self.loss(moved.float(), fixed.float()).flatten()
         return information

@@ -10,6 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Resize
 from monai.utils import ImageMetaKey
+from nibabel.orientations import io_orientation
 from torch import Tensor
 
 from monai_rl_reg.anatomy import Anatomy
@@ -215,9 +216,10 @@ def _check_overlap(fixed: MetaTensor, moving: MetaTensor, initial: WorldTransfor
 def _trained_at(bundle: PolicyBundle, fixed: MetaTensor) -> list[float] | None:
     """Return the voxel size that the policy was trained at, where the fixed image's is another one."""
     trained = bundle.voxel_size
-    if trained is None or all(
-        1 / ANOTHER_SIZE <= own / size <= ANOTHER_SIZE for own, size in zip(_spacing(fixed), trained, strict=True)
-    ):
+    if trained is None:
+        return None
+    pairs = zip(_along_ras(fixed)[1], trained, strict=True)
+    if all(1 / ANOTHER_SIZE <= own / size <= ANOTHER_SIZE for own, size in pairs):
         return None
     return trained
 
@@ -225,8 +227,8 @@ def _trained_at(bundle: PolicyBundle, fixed: MetaTensor) -> list[float] | None:
 def _too_fine(fixed: MetaTensor, pixdim: Any, most: int) -> float | None:
     """Return the spacing in mm to coarsen to, or None where the bundle's working grid is small enough."""
     d = fixed.ndim - 1
-    own = _spacing(fixed)
-    extent = [n * s for n, s in zip(fixed.shape[1:], own, strict=True)]
+    shape, own = _along_ras(fixed)
+    extent = [n * s for n, s in zip(shape, own, strict=True)]
     wanted = own if pixdim is None else [float(pixdim)] * d if isinstance(pixdim, int | float) else list(pixdim)
 
     def voxels(spacing: float) -> float:
@@ -257,6 +259,14 @@ def _resized(volume: Tensor, size: Sequence[int]) -> Tensor:
         return volume
     resized: Tensor = Resize(size, mode="trilinear" if len(size) == 3 else "bilinear", anti_aliasing=True)(volume)
     return resized
+
+
+def _along_ras(image: MetaTensor) -> tuple[list[int], list[float]]:
+    """Return shape and spacing in the order of axes that the case transform brings an image to."""
+    d = image.ndim - 1
+    axes = io_orientation(reduced(image.affine, d).numpy())[:, 0].argsort()
+    spacing = _spacing(image)
+    return [image.shape[1 + i] for i in axes], [spacing[i] for i in axes]
 
 
 def _spacing(image: MetaTensor) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import pytest
+import SimpleITK as sitk
 import torch
 
 from monai_rl_reg.batch import _write_share, read_jobs, register_pairs
@@ -109,6 +110,14 @@ def test_resume_registers_again_what_was_made_otherwise(pairs: Path, registrar: 
     nib.save(nib.Nifti1Image(label.get_fdata().astype("uint8")[::-1], label.affine), pairs.parent / "0_label.nii.gz")
     assert again() == {"0000", "0003"}
     assert again(Options(steps=2)) == every
+    (out / "second" / "moved.nii.gz").unlink()
+    assert again(Options(steps=2)) == {"second"}
+    turned = torch.eye(4, dtype=torch.float64)
+    for initial in (tmp_path / "initial.tfm", turned):
+        sitk.WriteTransform(sitk.Euler3DTransform(), str(tmp_path / "initial.tfm"))
+        assert again(Options(steps=2, initial=initial)) == every
+        assert again(Options(steps=2, initial=initial)) == set()
+    assert again(Options(steps=2)) == every
     weights = tmp_path / "model.pt"
     shutil.copy(registrar.bundle().ckpt, weights)
     assert again(Options(steps=2), Registrar(ckpt=weights, device="cpu")) == every
@@ -166,6 +175,26 @@ def test_a_defect_fails_its_pair_alone(
 def test_a_bad_bundle_ends_it_all(pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"checkpoint nothing.pt: expected a file"):
         register_pairs(pairs, tmp_path / "out", Registrar(ckpt="nothing.pt"), QUICK, progress=False)
+
+
+def test_a_pair_of_pictures_among_volumes_fails_alone(pairs: Path, registrar: Registrar, tmp_path: Path) -> None:
+    for i in range(2):
+        flat = nib.Nifti1Image(torch.rand(18, 18, 1).numpy(), torch.eye(4).numpy())
+        nib.save(flat, pairs.parent / f"flat{i}.nii.gz")
+    pairs.write_text("fixed,moving\nflat0.nii.gz,flat1.nii.gz\n0.nii.gz,1.nii.gz\n")
+    rows = register_pairs(pairs, tmp_path / "out", Registrar(device="cpu"), QUICK, progress=False)
+    assert [row["status"] for row in rows] == ["failed", "done"]
+    assert "expected images of 3 dimensions, found some of 2" in rows[0]["reason"]
+
+
+def test_what_a_killed_run_left_half_written_goes(pairs: Path, registrar: Registrar, tmp_path: Path) -> None:
+    left, other = tmp_path / "out" / ".second.abcd_123", tmp_path / "out" / ".third.abcd_123"
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "moved.nii.gz").write_text("half")
+    register_pairs(pairs, tmp_path / "out", registrar, QUICK, progress=False)
+    assert not left.exists()
+    assert other.exists()
 
 
 @pytest.mark.parametrize(

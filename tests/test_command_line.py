@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -59,6 +61,21 @@ def test_a_pair_from_end_to_end(files: dict[str, str], tmp_path: Path) -> None:
     assert quality["steps"] == 2
     assert quality["refinement"]["loss_after"] <= quality["refinement"]["loss_before"]
     assert quality["fixed"] == files["fixed"]
+
+
+def test_a_run_that_is_ended_leaves_nothing_half_written(files: dict[str, str], tmp_path: Path) -> None:
+    save = (
+        "import time; from monai_rl_reg import registration\nregistration.write_transform = lambda *a: time.sleep(60)"
+    )
+    script = f"{save}\nimport runpy, sys\nsys.argv[0] = 'x'\nrunpy.run_module('monai_rl_reg', run_name='__main__')"
+    arguments = ["register", files["fixed"], files["moving"], "--output", str(tmp_path / "out"), "--steps", "0", "-q"]
+    with subprocess.Popen([sys.executable, "-c", script, *arguments]) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".out.*/displacement.nii.gz")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_bad_input_is_one_sentence(files: dict[str, str], tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_the_majority_wins_unless_the_weights_say_otherwise() -> None:
     assert set(fused[..., 6:9].unique().tolist()) == {0, 2}
 
 
+def test_where_no_atlas_is_alike_or_unlike_they_vote_all_the_same() -> None:
+    weights = [torch.ones(1, 12, 12, 12) for _ in range(3)]
+    for weight in weights:
+        weight[:, 3:5, 4:7, 4:7] = 0.0  # a flat part of the image
+    fused = fuse([block(2, 6), block(2, 6), block(2, 5)], [still()] * 3, weights)
+    assert torch.equal(fused.as_tensor(), block(2, 6).as_tensor().to(torch.uint8))
+
+
 def test_similarity_is_local_and_ignores_scale() -> None:
     torch.manual_seed(0)
     fixed = torch.rand(1, 24, 24, 24)

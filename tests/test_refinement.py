@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.networks.blocks import Warp
 from monai.transforms import Compose
 from torch import Tensor
@@ -136,6 +137,14 @@ def test_the_transform_starts_from_the_field_it_is_given() -> None:
     field = 0.3 * torch.randn(2, *image.shape[1:])
     out = RefineDisplacementd("pred", iterations=0)({"image": image, "pred": field})
     assert torch.allclose(out["pred"], field)
+
+
+def test_the_field_keeps_its_affine() -> None:
+    image, affine = pair(3)[0], torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    field = MetaTensor(torch.zeros(3, *image.shape[1:]), affine=affine)
+    out = RefineDisplacementd("pred", iterations=1)({"image": image, "pred": field})
+    assert isinstance(out["pred"], MetaTensor)
+    assert torch.equal(out["pred"].affine, affine)
 
 
 def test_a_field_on_another_grid() -> None:

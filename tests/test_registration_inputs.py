@@ -106,6 +106,20 @@ def test_every_kind_of_input_is_the_same_image(
     assert (found.as_tensor() - expected.as_tensor()).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd", ".tif", ".nii.gz"])
+def test_pictures_of_every_format_are_the_same_image(suffix: str, tmp_path: Path) -> None:
+    values = np.arange(30, dtype=np.float32).reshape(5, 6)
+    picture = sitk.GetImageFromArray(values)
+    picture.SetSpacing((2.0, 0.5))
+    picture.SetOrigin((3.0, -4.0))
+    sitk.WriteImage(picture, str(tmp_path / f"picture{suffix}"))
+    found, expected = read_volume(tmp_path / f"picture{suffix}", spatial_dims=2), read_volume(picture, spatial_dims=2)
+    assert np.array_equal(found.as_tensor()[0].numpy(), values.T)
+    assert found.affine.shape == (4, 4)
+    if suffix != ".tif":  # which has neither origin nor direction
+        assert torch.allclose(found.affine[:2], expected.affine[:2], atol=1e-5)
+
+
 def test_objects_register_as_files_do(registration: Registration, oblique_files: dict[str, str], demons: Path) -> None:
     again = register(
         nib.load(oblique_files["fixed"]),

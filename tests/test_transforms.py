@@ -12,6 +12,7 @@ import SimpleITK as sitk
 import torch
 from conftest import CONFIGS
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.transforms import Spacingd
 from oblique_pair import oblique
 from torch.nn import functional as F
@@ -92,6 +93,20 @@ def test_simpleitk_reproduces_the_moved_label(result: tuple[dict[str, str], Path
     moved = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "moved_label.nii.gz")))
     assert (moved == expected).mean() > 0.999
     assert set(np.unique(moved)) <= {0, 1, 2}
+
+
+def test_a_result_without_a_label_leaves_none_of_an_earlier_pair(tmp_path: Path) -> None:
+    def volume(channels: int) -> MetaTensor:
+        return MetaTensor(torch.rand(channels, 4, 5, 6), affine=torch.eye(4, dtype=torch.float64))
+
+    result = {"displacement": volume(3), "moved": volume(1), "moved_label": volume(1).round().to(torch.uint8)}
+    write_result(tmp_path / "out", result)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    del result["moved_label"]
+    write_result(tmp_path / "out", result)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "displacement.nii.gz", "moved.nii.gz", "notes.txt",
+    ]  # fmt: skip
 
 
 def test_files_lie_on_the_fixed_grid(result: tuple[dict[str, str], Path]) -> None:

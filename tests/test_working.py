@@ -39,6 +39,22 @@ def test_images_of_another_voxel_size_than_the_training_s_are_resampled_to_it(
     assert working.structures.shape[2:] == working.image.shape[1:]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_thick_slices_are_compared_with_those_of_the_training_however_they_are_stored(order: tuple[int, ...]) -> None:
+    bundle = PolicyBundle(device="cpu")
+    bundle.voxel_size = [0.5, 0.6, 3.0]  # along right, anterior and superior
+    size, shape = torch.tensor([0.5, 0.6, 3.0, 1.0], dtype=torch.float64), (30, 28, 9)
+    affine = torch.zeros(4, 4, dtype=torch.float64)
+    affine[3, 3] = 1.0
+    for axis, world in enumerate(order):
+        affine[world, axis] = size[world]
+    image = MetaTensor(torch.rand(1, *[shape[world] for world in order]), affine=affine)
+    assert GivenPair(bundle, image, image).onto_fixed(HERE).image.shape[1:] == shape  # as it is
+    affine[2, order.index(2)] = 1.0  # thin ones are not
+    thin = MetaTensor(image.as_tensor(), affine=affine)
+    assert GivenPair(bundle, thin, thin).onto_fixed(HERE).image.shape[3] == 4  # of 9, three times as thick
+
+
 def test_a_voxel_size_that_the_configuration_asks_for_comes_first(images: list[MetaTensor]) -> None:
     bundle = PolicyBundle(device="cpu")
     bundle.voxel_size = (2 * spacing(images[0])).tolist()
