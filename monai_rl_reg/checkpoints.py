@@ -214,6 +214,25 @@ def load_anatomy(anatomy: torch.nn.Module, path: str | None) -> torch.nn.Module:
     return anatomy
 
 
+def load_critic(critic: torch.nn.Module, path: str, *, map_location: str | torch.device = "cpu") -> Any:
+    """Return the critic with the weights that a checkpoint has of it, or None where it was trained without.
+
+    Args:
+        critic: gets the weights.
+        path: of the checkpoint.
+        map_location: where the critic goes.
+
+    Raises:
+        InputError: as :func:`load_policy` does.
+    """
+    checkpoint = load_checkpoint(path, map_location)
+    weights = checkpoint.get("critic") if isinstance(checkpoint, dict) else None
+    if weights is None:
+        return None
+    fill_weights(critic, weights, path)
+    return critic.to(map_location).eval()
+
+
 def structures_in(path: str) -> int:
     """Return how many labelled structures a checkpoint's policy was trained to see; 0 if it was trained without.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monai_rl_reg.convolutions import quick_convolutions
+from monai_rl_reg.networks import TwinCritic
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.task import State, Task
 from monai_rl_reg.video import flows_between
@@ -43,13 +44,23 @@ class StepwiseInferer(Inferer):
         sample: draw the plans instead of taking their mode, for uncertainty.
         half: let the networks compute in bfloat16, see :func:`half_pays`.
         keep_history: keep the outputs of the last call, from before the first step to after the last, in ``history``.
+        critic: ends the steps early, as :func:`~monai_rl_reg.rollout.follow` has it; what it ends is not settled.
+        worth: the least return that the critic must expect.
 
     Raises:
         ValueError: if ``steps`` is negative.
     """
 
     def __init__(
-        self, task: Task, steps: int, *, sample: bool = False, half: bool = False, keep_history: bool = False
+        self,
+        task: Task,
+        steps: int,
+        *,
+        sample: bool = False,
+        half: bool = False,
+        keep_history: bool = False,
+        critic: TwinCritic | None = None,
+        worth: float = 0.0,
     ) -> None:
         super().__init__()
         if steps < 0:
@@ -59,6 +70,8 @@ class StepwiseInferer(Inferer):
         self.sample = sample
         self.half = half
         self.keep_history = keep_history
+        self.critic = critic
+        self.worth = worth
         self.history: list[Tensor] = []
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -70,7 +83,7 @@ class StepwiseInferer(Inferer):
         return self.history[-1]
 
     def trajectory(self, inputs: Tensor, network: nn.Module, **known: Tensor) -> Iterator[State]:
-        """Yield the first state and the state after every step, the last one settled.
+        """Yield the first state and the state after every step, the last of all steps settled.
 
         ``known`` is what more the task's ``reset`` takes.
         """
@@ -79,7 +92,16 @@ class StepwiseInferer(Inferer):
             state = self.task.reset(convert_to_tensor(inputs, track_meta=False), **known)
         yield state
         policy: Any = network
-        after = follow(policy, self.task, state, self.steps, sample=self.sample, half=self.half)
+        after = follow(
+            policy,
+            self.task,
+            state,
+            self.steps,
+            sample=self.sample,
+            half=self.half,
+            critic=self.critic,
+            worth=self.worth,
+        )
         for taken, state in enumerate(after, start=1):
             if taken == self.steps:
                 with torch.no_grad():

@@ -159,23 +159,23 @@ class SoftActorCriticLoss(nn.Module):
         observation = self.task.observe(batch.state)
         if not self.reinforcement:
             return self._task_loss(batch.state, self.policy(observation)), {}
-        plan, log_prob, action = self.policy.sample(observation)
+        plan, log_prob, action, features = self.policy.sample(observation)
         log_prob = log_prob / plan[0].numel()
         temperature = self.log_temperature.exp().detach()
 
         # J_Q
         with torch.no_grad():
             next_observation = self.task.observe(batch.next_state)
-            next_plan, next_log_prob = self.policy.plan(next_observation)
-            next_value = self.target_critic(next_observation, next_plan).amin(1)
+            next_plan, next_log_prob, next_features = self.policy.draw(next_observation)
+            next_value = self.target_critic(next_features, next_plan).amin(1)
             next_value = next_value - temperature * next_log_prob / plan[0].numel()
             target = batch.reward + self.discount * (~batch.terminated) * next_value
-        values = self.critic(observation, batch.plan)
+        values = self.critic(features, batch.plan)
         critic_loss = F.mse_loss(values, target[:, None].expand_as(values))
 
         # J_pi: critics frozen by detached parameters, so that one backward serves all terms
         frozen = {name: value.detach() for name, value in self.critic.named_parameters()}
-        plan_value = functional_call(self.critic, frozen, (observation, plan)).amin(1)
+        plan_value = functional_call(self.critic, frozen, (features, plan)).amin(1)
         active = (self.updates >= self.planner_warm_up).float()
         planner_loss = active * self.planner_weight * (temperature * log_prob - plan_value).mean()
 

@@ -25,13 +25,15 @@ LOG_STD_RANGE = (-5.0, 1.0)
 """The planner's log standard deviation before squashing stays in this range."""
 ACTIVATION = ("LEAKYRELU", {"negative_slope": 0.1, "inplace": True})
 """Of every layer."""
+VALUE_WIDTH = 64
+"""Of the layers that end in a critic's value."""
 
 
 def _block(
-    spatial_dims: int, in_channels: int, out_channels: int, *, stride: int = 1, kernel_size: int = 3, norm: bool = False
+    spatial_dims: int, in_channels: int, out_channels: int, *, stride: int = 1, kernel_size: int = 3
 ) -> nn.Module:
-    # The policy goes without normalisation: it takes away how large the remaining misalignment is, and with it the
-    # network learnt several times slower. The critics keep group normalisation, which has no running statistics.
+    # Without normalisation: it takes away how large the remaining misalignment is, and with it the policy learnt
+    # several times slower, and critics that saw the images hardly at all.
     return Convolution(
         spatial_dims,
         in_channels,
@@ -39,7 +41,7 @@ def _block(
         strides=stride,
         kernel_size=kernel_size,
         act=ACTIVATION,
-        norm=("GROUP", {"num_groups": math.gcd(4, out_channels)}) if norm else None,
+        norm=None,
         adn_ordering="NA",
     )
 
@@ -256,30 +258,25 @@ class PlannerActor(nn.Module):
         """One deterministic step: observation (B, in_channels, *spatial) to action (B, out_channels, *strided)."""
         return self.decide(observation)[1]
 
-    def decide(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mode of the plan, (B, P, *grid), and the action (B, out_channels, *strided) that follows."""
+    def decide(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the mode of the plan, (B, P, *grid), the action (B, out_channels, *strided), and the features."""
         mean, _, features = self.planner(observation)
         plan = torch.tanh(mean)
-        return plan, self.actor(plan, features, list(observation.shape[2:]))
+        return plan, self.actor(plan, features, list(observation.shape[2:])), features
 
     @torch.jit.unused
-    def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """One stochastic step, differentiable by reparameterisation.
 
         Args:
             observation: (B, in_channels, *spatial).
 
         Returns:
-            plan (B, P, *grid) in (-1, 1), its log-probability (B,), action (B, out_channels, *strided).
+            plan (B, P, *grid) in (-1, 1), its log-probability (B,), action (B, out_channels, *strided), and the
+            planner's features of every level, finest first.
         """
-        plan, log_prob, features = self._draw(observation)
-        return plan, log_prob, self.actor(plan, features, list(observation.shape[2:]))
-
-    @torch.jit.unused
-    def plan(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw a plan (B, P, *grid) and its log-probability (B,) without acting on it."""
-        plan, log_prob, _ = self._draw(observation)
-        return plan, log_prob
+        plan, log_prob, features = self.draw(observation)
+        return plan, log_prob, self.actor(plan, features, list(observation.shape[2:])), features
 
     @torch.jit.unused
     def act(self, observation: Tensor, plan: Tensor) -> Tensor:
@@ -288,7 +285,8 @@ class PlannerActor(nn.Module):
         return self.actor(plan, features, list(observation.shape[2:]))
 
     @torch.jit.unused
-    def _draw(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def draw(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Draw a plan (B, P, *grid) without acting on it; return its log-probability (B,) and the features too."""
         mean, log_std, features = self.planner(observation)
         noise = torch.randn_like(mean)
         unsquashed = mean + log_std.exp() * noise
@@ -299,54 +297,78 @@ class PlannerActor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q_theta(s, p): the value of a plan in a state. The plan scales and shifts the state's features (FiLM,
-    arXiv 1709.07871), so that Q's gradient by the plan differs between states.
+    """Q_theta(s, p): the value of a plan in a state, by the features that the planner found in it.
+
+    The planner has learnt what is still to be done, and its features are the larger the more that is: mean, largest
+    value and root mean square of every channel say it. The plan scales and shifts the deepest ones (FiLM, arXiv
+    1709.07871), so that Q's gradient by the plan differs between states.
     """
 
-    def __init__(self, spatial_dims: int, in_channels: int, channels: Sequence[int], plan_channels: int) -> None:
+    def __init__(self, spatial_dims: int, channels: Sequence[int], plan_channels: int) -> None:
         super().__init__()
-        widths = [in_channels, *channels]
         last = channels[-1]
         self.mode = "trilinear" if spatial_dims == 3 else "bilinear"
-        self.encoder = nn.Sequential(*(_block(spatial_dims, a, b, stride=2, norm=True) for a, b in pairwise(widths)))
         self.film = nn.Sequential(
             Convolution(spatial_dims, plan_channels, 2 * last, kernel_size=1, conv_only=True),
             nn.LeakyReLU(0.1),
             Convolution(spatial_dims, 2 * last, 2 * last, kernel_size=1, conv_only=True),
         )
-        self.mix = _block(spatial_dims, last, last, norm=True)
-        self.value = nn.Sequential(nn.Linear(2 * last, 2 * last), nn.LeakyReLU(0.1), nn.Linear(2 * last, 1))
+        self.mix = _block(spatial_dims, last, last)
+        self.value = nn.Sequential(
+            nn.Linear(3 * sum(channels) + 2 * last, VALUE_WIDTH),
+            nn.LeakyReLU(0.1),
+            nn.Linear(VALUE_WIDTH, VALUE_WIDTH),
+            nn.LeakyReLU(0.1),
+            nn.Linear(VALUE_WIDTH, 1),
+        )
 
-    def forward(self, observation: Tensor, plan: Tensor) -> Tensor:
-        """Return the value (B,) of plan (B, P, *grid) in the state observed as (B, in_channels, *spatial)."""
-        x = self.encoder(observation)
-        scale, shift = self.film(plan.to(x.dtype)).chunk(2, dim=1)
+    def forward(self, features: Sequence[Tensor], plan: Tensor) -> Tensor:
+        """Return the value (B,) of plan (B, P, *grid) in the state where the planner found these features."""
+        levels = [x.detach().float().flatten(2) for x in features]
+        found = [f(x) for x in levels for f in (_mean, _largest, _root_mean_square)]
+        deepest = _even(features[-1].detach().float())
+        scale, shift = self.film(plan.to(deepest)).chunk(2, dim=1)
         if any(n > 1 for n in scale.shape[2:]):
-            size = x.shape[2:]
+            size = deepest.shape[2:]
             scale = F.interpolate(scale, size=size, mode=self.mode, align_corners=False)
             shift = F.interpolate(shift, size=size, mode=self.mode, align_corners=False)
-        x = self.mix(x * (1 + scale) + shift).flatten(2)
-        pooled = torch.cat([x.mean(-1), x.amax(-1)], dim=1)
-        value: Tensor = self.value(pooled).squeeze(1).float()
-        return value
+        mixed = self.mix(deepest * (1 + scale) + shift).flatten(2)
+        value: Tensor = self.value(torch.cat([_even(torch.cat(found, dim=1)), _mean(mixed), _largest(mixed)], dim=1))
+        return value.squeeze(1).float()
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(-1)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.amax(-1)
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x.square().mean(-1).sqrt()
+
+
+def _even(x: Tensor) -> Tensor:
+    """Bring features of any size to about one, in their order: a norm would take away how large they are."""
+    return torch.asinh(5 * x)
 
 
 class TwinCritic(nn.Module):
     """Two independent critics; taking their minimum keeps the value from being over-estimated.
 
+    What they learn moves the critics alone: no gradient goes into the planner's features.
+
     Args:
         spatial_dims: 2 or 3.
-        in_channels: channels of the observation.
+        channels: widths of the planner's levels, finest first.
         plan_channels: channels of the plan.
-        channels: widths of the encoder's levels; every level halves the resolution.
     """
 
-    def __init__(
-        self, spatial_dims: int, in_channels: int, plan_channels: int, *, channels: Sequence[int] = (8, 16, 32, 64)
-    ) -> None:
+    def __init__(self, spatial_dims: int, channels: Sequence[int], plan_channels: int) -> None:
         super().__init__()
-        self.critics = nn.ModuleList(Critic(spatial_dims, in_channels, channels, plan_channels) for _ in range(2))
+        self.critics = nn.ModuleList(Critic(spatial_dims, channels, plan_channels) for _ in range(2))
 
-    def forward(self, observation: Tensor, plan: Tensor) -> Tensor:
-        """Return both values, (B, 2), of plan (B, P, *grid) in the state observed as (B, in_channels, *spatial)."""
-        return torch.stack([critic(observation, plan) for critic in self.critics], dim=1)
+    def forward(self, features: Sequence[Tensor], plan: Tensor) -> Tensor:
+        """Return both values, (B, 2), of plan (B, P, *grid) in the state where the planner found these features."""
+        return torch.stack([critic(features, plan) for critic in self.critics], dim=1)

@@ -19,6 +19,7 @@ from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.judge import load_judge
+from monai_rl_reg.networks import TwinCritic
 from monai_rl_reg.refinement import FOLD_WEIGHT
 from monai_rl_reg.similarity import Similarity
 from monai_rl_reg.tasks.registration import RegistrationTask
@@ -88,6 +89,7 @@ class PolicyBundle:
 
     Attributes:
         anatomy: sees structures in the images for the policy, where it was trained with labels.
+        critic: expects what the steps to come will gain, where the policy was trained with reinforcement.
         judge: tells what Dice to expect, where the checkpoint has one.
         pixdim: voxel size in mm that the configuration resamples to, if it does.
         voxel_size: the one that the policy was trained at, where the checkpoint says so.
@@ -124,6 +126,7 @@ class PolicyBundle:
             self.ckpt = str(parser.get_parsed_content("ckpt"))
             self.network: nn.Module = parser.get_parsed_content("network").eval()
             self.task: Task = parser.get_parsed_content("task").to(self.device).eval()
+            self.critic: TwinCritic | None = parser.get_parsed_content("critic") if "critic" in parser else None
             self.inferer: StepwiseInferer = parser.get_parsed_content("inferer")
             self.case_transform: Callable[[Any], Any] = parser.get_parsed_content("case_transform")
             self.preprocessing: Callable[[Any], Any] = parser.get_parsed_content("preprocessing")
@@ -195,7 +198,13 @@ class PolicyBundle:
         return [self.folder / "configs" / name for name in names]
 
     def trajectory(
-        self, image: Tensor, steps: int, *, structures: Tensor | None = None, sample: bool = False
+        self,
+        image: Tensor,
+        steps: int,
+        *,
+        structures: Tensor | None = None,
+        sample: bool = False,
+        worth: float | None = None,
     ) -> Iterator[State]:
         """Yield the first state and that after every step.
 
@@ -204,9 +213,13 @@ class PolicyBundle:
             steps: how many.
             structures: (1, 2, K, *spatial), what :attr:`anatomy` sees in each, if it has looked at them already.
             sample: draw the plans instead of taking their mode.
+            worth: gain in the task's score that :attr:`critic` must expect of all steps to come for one more; None
+                takes all of them.
         """
         inferer = copy.copy(self.inferer)
         inferer.steps, inferer.sample = steps, sample
+        if worth is not None:
+            inferer.critic, inferer.worth = self.critic, worth * cast(RegistrationTask, self.task).reward_scale
         known = {} if structures is None else {"structures": structures.to(self.device)}
         yield from inferer.trajectory(image.to(self.device), self.network, **known)
 

@@ -76,23 +76,23 @@ class RecurrentPlannerActor(nn.Module):
         """One deterministic step: (B, in_channels + 2, H, W) to action and memories, (B, out_channels + 2, H, W)."""
         return self.decide(observation)[1]
 
-    def decide(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mode of the plan and the action with the memories."""
+    def decide(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the mode of the plan, the action with the memories, and the planner's features."""
         recalled, memories = self._remember(observation)
-        plan, action = self.policy.decide(recalled)
-        return plan, torch.cat([action, memories], dim=1)
+        plan, action, features = self.policy.decide(recalled)
+        return plan, torch.cat([action, memories], dim=1), features
 
     @torch.jit.unused
-    def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One stochastic step: plan, its log-probability and the action with the memories."""
+    def sample(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """One stochastic step: plan, its log-probability, the action with the memories, and the planner's features."""
         recalled, memories = self._remember(observation)
-        plan, log_prob, action = self.policy.sample(recalled)
-        return plan, log_prob, torch.cat([action, memories], dim=1)
+        plan, log_prob, action, features = self.policy.sample(recalled)
+        return plan, log_prob, torch.cat([action, memories], dim=1), features
 
     @torch.jit.unused
-    def plan(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw a plan and its log-probability without acting on it."""
-        return self.policy.plan(self._remember(observation)[0])
+    def draw(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Draw a plan without acting on it; return its log-probability and the planner's features too."""
+        return self.policy.draw(self._remember(observation)[0])
 
     def _remember(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         images = observation[:, :-2]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_rl_reg.convolutions import quick_convolutions
-from monai_rl_reg.networks import PlannerActor
+from monai_rl_reg.networks import PlannerActor, TwinCritic
 from monai_rl_reg.tasks.task import State, Task
 
 
@@ -53,7 +53,7 @@ def rollout(
     for _ in range(steps):
         current = state if live is None else {key: value[live] for key, value in state.items()}
         observation = task.observe(current)
-        plan, action = policy.sample(observation)[::2] if sample else policy.decide(observation)
+        plan, action = policy.sample(observation)[::2] if sample else policy.decide(observation)[:2]
         after, reward, terminated = task.step(current, action)
         state = after if live is None else _merge(state, current, after, live)
         yield state, Transition(current, plan, reward, after, terminated)
@@ -66,16 +66,30 @@ def rollout(
 
 @torch.no_grad()
 def follow(
-    policy: PlannerActor, task: Task, state: State, steps: int, *, sample: bool = False, half: bool = False
+    policy: PlannerActor,
+    task: Task,
+    state: State,
+    steps: int,
+    *,
+    sample: bool = False,
+    half: bool = False,
+    critic: TwinCritic | None = None,
+    worth: float = 0.0,
 ) -> Iterator[State]:
     """Yield the states of ``steps`` steps without judging them; the plan's mode, or with ``sample`` a drawn plan.
 
-    With ``half`` the policy computes in bfloat16; the task, and with it the fields, stay in fp32.
+    With ``half`` the policy computes in bfloat16; the task, and with it the fields, stay in fp32. With a critic the
+    steps end, for the whole batch, before the first from which on it expects a return of less than ``worth``.
     """
     for _ in range(steps):
         observation = task.observe(state)
         with quick_convolutions(observation.device, half=half):
-            action = policy.sample(observation)[2] if sample else policy(observation)
+            if critic is None:
+                action = policy.sample(observation)[2] if sample else policy(observation)
+            else:
+                plan, *_, action, features = policy.sample(observation) if sample else policy.decide(observation)
+                if float(critic(features, plan).amin(1).max()) < worth:
+                    return
         state = task.advance(state, action)
         yield state
 

@@ -18,6 +18,8 @@ from monai_rl_reg.tasks.task import State
 from monai_rl_reg.warping import Warp
 from monai_rl_reg.working import WorkingPair
 
+WORTH = 1e-2
+"""Dice, or similarity where there were no labels in training, that the critic must expect the steps to come to gain."""
 GAIN = 5e-3
 """Dice of seen structures that a step must gain for another one to follow, when the steps stop by themselves."""
 
@@ -54,8 +56,10 @@ def take_steps(
     Args:
         bundle: policy and task.
         working: the pair.
-        limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number, by :func:`enough`. Where
-            nothing is seen, steps that led to less similarity than there was before the first are all taken back.
+        limit: number of steps; ``auto`` stops, at the latest after twice the bundle's number: where structures are seen
+            by :func:`enough`; where not, before a step from which on the bundle's critic expects less than
+            :data:`WORTH`, or without a critic by :func:`enough` again, and then steps that led to less similarity than
+            there was before the first are all taken back.
         refine_seconds: most wall time of the refinement; 0 for none.
         tick: called after each step.
     """
@@ -78,22 +82,26 @@ def take_steps(
             curve[-1][key] = float(mean_label_dice(moved, label[:, :1]).nan_to_num(0.0))
 
     most = 2 * bundle.steps
+    by_critic = limit == "auto" and working.seen is None and bundle.critic is not None
     # one more than may be taken, for the last one comes settled: whether it is to be is decided here
-    for state in _trajectory(bundle, working, most + 1 if limit == "auto" else int(limit)):
+    count = most + 1 if limit == "auto" else int(limit)
+    for state in _trajectory(bundle, working, count, worth=WORTH if by_critic else None):
         note(state)
         taken = len(history) - 1
         if taken == 0:
             start = state
             continue
         tick()
-        if limit == "auto" and (taken == most or enough(curve, measure, least)):
-            if working.seen is None and curve[-1][measure] < curve[0][measure]:
-                state, history, curve = start, history[:1], curve[:1]
-            else:
-                state = bundle.task.settle(state, taken)
-                del history[-1], curve[-1]
-                note(state)
+        if limit == "auto" and (taken == most or (not by_critic and enough(curve, measure, least))):
             break
+    taken = len(history) - 1
+    if limit == "auto" and taken > 0:
+        if not by_critic and working.seen is None and curve[-1][measure] < curve[0][measure]:
+            state, history, curve = start, history[:1], curve[:1]
+        else:
+            state = bundle.task.settle(state, taken)
+            del history[-1], curve[-1]
+            note(state)
     taken, figures = len(history) - 1, None
     if refine_seconds > 0:
         proximity = PROXIMITY if bundle.sees else 0.0
@@ -123,9 +131,9 @@ def enough(curve: Sequence[Mapping[str, float]], measure: str, least: float) -> 
     return now - curve[max(0, len(curve) - 3)][measure] < least
 
 
-def _trajectory(bundle: PolicyBundle, working: WorkingPair, steps: int, *, sample: bool = False) -> Iterator[State]:
+def _trajectory(bundle: PolicyBundle, working: WorkingPair, steps: int, **options: Any) -> Iterator[State]:
     structures = None if working.structures is None else working.structures[None]
-    return bundle.trajectory(working.image.as_tensor()[None], steps, structures=structures, sample=sample)
+    return bundle.trajectory(working.image.as_tensor()[None], steps, structures=structures, **options)
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ def demons_bundle(folder: Path) -> Path:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["network_def"] = {"_target_": "demons.Demons", "spatial_dims": "@spatial_dims"}
     config |= {
+        "critic": None,
         "structures": 0,
         "guided": False,
         "relax": 0,

@@ -15,7 +15,7 @@ def make_transition(loss: SoftActorCriticLoss, image: Tensor, label: Tensor | No
     """Return the transition of a drawn plan from the first state."""
     state = loss.task.reset(image, label)
     with torch.no_grad():
-        plan, _, action = loss.policy.sample(loss.task.observe(state))
+        plan, _, action, _ = loss.policy.sample(loss.task.observe(state))
         after, reward, terminated = loss.task.step(state, action)
     return Transition(state, plan, reward, after, terminated)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import DataLoader, Dataset
 from monai.transforms import Compose, RandGaussianNoise
 from monai.utils import set_determinism
 
-from monai_rl_reg.checkpoints import RandomState, ResumeTraining
+from monai_rl_reg.checkpoints import RandomState, ResumeTraining, load_checkpoint, load_critic
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.networks import TwinCritic
+from monai_rl_reg.policy_bundle import PolicyBundle
 
 
 def test_random_states_come_back_whatever_device_a_checkpoint_is_loaded_to(tmp_path: Path) -> None:
@@ -32,6 +36,16 @@ class NotHere(torch.Tensor):
     def cpu(self, *args: object, **kwargs: object) -> torch.Tensor:
         """Return it as it would be there."""
         return self.as_subclass(torch.Tensor)
+
+
+def test_critics_are_kept_with_the_policy_that_they_judge(trained: Path) -> None:
+    policy = PolicyBundle(ckpt=trained / "model.pt", device="cpu")
+    assert policy.critic is not None
+    weights = load_checkpoint(str(trained / "model.pt"))["critic"]
+    assert torch.equal(policy.critic.critics[1].value[0].weight, weights["critics.1.value.0.weight"])
+    assert PolicyBundle(device="cpu").critic is None  # weights without
+    with pytest.raises(InputError, match="found another architecture"):
+        load_critic(TwinCritic(3, (16, 32, 64, 32), 64), str(trained / "model.pt"))
 
 
 def test_a_resumed_training_does_not_repeat_the_augmentation_of_its_beginning(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_policy_has_at_most_50_thousand_parameters_and_a_plan_of_7_by_7() -> Non
         parser = ConfigParser(ConfigParser.load_config_file(str(CONFIGS / f"{name}.json")))
         network: PlannerActor = parser.get_parsed_content("network_def")
         assert sum(parameter.numel() for parameter in network.parameters()) <= 50_000
-        assert network.plan(torch.rand(1, 2, 28, 28))[0].shape == (1, 1, 7, 7)
+        assert network.draw(torch.rand(1, 2, 28, 28))[0].shape == (1, 1, 7, 7)
 
 
 def test_training_leaves_checkpoints_weights_and_logs(trained: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_group_without_gradients_is_left_out_of_clipping_on_any_device() -> No
 def test_an_update_with_a_gradient_that_is_no_number_is_left_out_in_mixed_precision(amp: bool) -> None:
     task = RegistrationTask(2, field_stride=2)
     policy = PlannerActor(2, 2, 2, channels=(4, 8), plan_channels=2, action_stride=2)
-    loss = SoftActorCriticLoss(policy, TwinCritic(2, 2, 2, channels=(4, 8)), task, reinforcement=False)
+    loss = SoftActorCriticLoss(policy, TwinCritic(2, (4, 8), 2), task, reinforcement=False)
     calls = []
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:

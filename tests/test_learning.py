@@ -50,7 +50,7 @@ def register(policy: PlannerActor, task: RegistrationTask, image: Tensor) -> tup
 def test_registration_of_held_out_pairs_is_learnt(reinforcement: bool) -> None:
     task = RegistrationTask(2, field_stride=2)
     policy = PlannerActor(2, 2, 2, channels=(16, 32, 32), plan_channels=16, action_bound=1.5, action_stride=2)
-    critic = TwinCritic(2, 2, 16, channels=(8, 16, 32))
+    critic = TwinCritic(2, (16, 32, 32), 16)
     loss = SoftActorCriticLoss(
         policy, critic, task, reinforcement=reinforcement, planner_weight=0.02, planner_warm_up=20
     )
@@ -128,7 +128,7 @@ def test_reward_alone_teaches_the_planner() -> None:
     task = GoalTask()
     policy = PlannerActor(2, 1, 1, channels=(8, 16), plan_channels=1)
     policy.actor = PlanAsAction()
-    critic = TwinCritic(2, 1, 1, channels=(8, 16))
+    critic = TwinCritic(2, (8, 16), 1)
     loss = SoftActorCriticLoss(policy, critic, task, planner_weight=1.0, target_rate=0.05)
     optimizer = torch.optim.Adam([parameter for parameter in loss.parameters() if parameter.requires_grad], lr=2e-3)
     replay = ReplayBuffer(2000, task.replay_keys)

@@ -89,14 +89,14 @@ def test_box_ncc_refuses_another_number_of_dimensions() -> None:
 
 def make_loss(**options: Any) -> SoftActorCriticLoss:
     policy = PlannerActor(2, 2, 2, channels=(8, 16), plan_channels=4)
-    critic = TwinCritic(2, 2, 4, channels=(8, 16))
+    critic = TwinCritic(2, (8, 16), 4)
     return SoftActorCriticLoss(policy, critic, RegistrationTask(2, similarity=LocalNCC(2, window=3)), **options)
 
 
 def make_transition(loss: SoftActorCriticLoss, *, terminated: bool = False) -> Transition:
     state = loss.task.reset(torch.rand(3, 2, 12, 12))
     with torch.no_grad():
-        plan, _, action = loss.policy.sample(loss.task.observe(state))
+        plan, _, action, _ = loss.policy.sample(loss.task.observe(state))
         next_state, _, _ = loss.task.step(state, action)
     return Transition(state, plan, torch.tensor([0.5, -1.0, 2.0]), next_state, torch.full((3,), terminated))
 
@@ -160,12 +160,13 @@ def test_only_termination_stops_the_bootstrap(terminated: bool, monkeypatch: pyt
         torch.nn.init.zeros_(critic.value[-1].weight)
         torch.nn.init.constant_(critic.value[-1].bias, value)
     log_prob = torch.tensor([4.0, 8.0, 12.0])
-    monkeypatch.setattr(loss.policy, "plan", lambda observation: (torch.zeros(3, 4, 1, 1), log_prob))
+    features = loss.policy.planner(loss.task.observe(batch.state))[2]
+    monkeypatch.setattr(loss.policy, "draw", lambda observation: (torch.zeros(3, 4, 1, 1), log_prob, features))
 
     numbers_in_plan = 4
     soft_value = 3.0 - 0.5 * log_prob / numbers_in_plan
     target = batch.reward if terminated else batch.reward + 0.9 * soft_value
-    values = loss.critic(loss.task.observe(batch.state), batch.plan)
+    values = loss.critic(features, batch.plan)
     expected = (values - target[:, None]).square().mean()
     torch.testing.assert_close(loss(batch)[0]["critic"], expected)
 
@@ -177,9 +178,9 @@ def test_planner_and_temperature_terms_follow_their_equations() -> None:
     torch.manual_seed(1)
     terms, figures = loss(batch)
     torch.manual_seed(1)
-    plan, log_prob, _ = loss.policy.sample(observation)
+    plan, log_prob, _, features = loss.policy.sample(observation)
     per_number = log_prob / 4
-    value = loss.critic(observation, plan).amin(1)
+    value = loss.critic(features, plan).amin(1)
     torch.testing.assert_close(terms["planner"], 0.3 * (0.5 * per_number - value).mean())
     torch.testing.assert_close(terms["temperature"], -math.log(0.5) * (per_number - 1.5).mean())
     torch.testing.assert_close(figures["entropy"], -per_number.mean())

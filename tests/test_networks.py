@@ -45,7 +45,7 @@ def test_action_has_the_size_of_the_observation_over_its_stride_rounded_up(
     observation = make_observation(size, batch)
     expected = (batch, len(size), *(math.ceil(n / action_stride) for n in size))
     assert policy(observation).shape == expected
-    plan, _, action = policy.sample(observation)
+    plan, _, action, _ = policy.sample(observation)
     assert action.shape == expected
     assert policy.act(observation, plan).shape == expected
 
@@ -103,7 +103,7 @@ def test_forward_carries_out_the_mode_of_the_plan(spatial_dims: int) -> None:
     enlarge_action(policy, 100)
     observation = make_observation((8, 12, 4)[:spatial_dims])
     mode = torch.tanh(policy.planner(observation)[0])
-    plan, action = policy.decide(observation)
+    plan, action, _ = policy.decide(observation)
     torch.testing.assert_close(plan, mode)
     torch.testing.assert_close(action, policy.act(observation, mode))
     torch.testing.assert_close(policy(observation), action)
@@ -120,7 +120,7 @@ def test_action_of_an_item_is_independent_of_its_batch() -> None:
 def test_log_prob_is_that_of_a_tanh_squashed_normal(spatial_dims: int, plan_grid: tuple[int, ...] | None) -> None:
     policy = make_policy(spatial_dims, plan_grid=plan_grid)
     observation = make_observation((8, 12, 4)[:spatial_dims])
-    plan, log_prob, _ = policy.sample(observation)
+    plan, log_prob, _, _ = policy.sample(observation)
     mean, log_std, _ = policy.planner(observation)
     reference = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
     torch.testing.assert_close(log_prob, reference.log_prob(plan).flatten(1).sum(1), rtol=1e-4, atol=1e-3)
@@ -131,7 +131,7 @@ def test_plan_has_its_declared_shape(spatial_dims: int, plan_grid: tuple[int, ..
     policy = make_policy(spatial_dims, plan_grid=plan_grid)
     grid = plan_grid or (1,) * spatial_dims
     assert policy.plan_shape == (3, *grid)
-    plan, log_prob, _ = policy.sample(small_observation(spatial_dims))
+    plan, log_prob, _, _ = policy.sample(small_observation(spatial_dims))
     assert plan.shape == (2, 3, *grid)
     assert log_prob.shape == (2,)
 
@@ -140,7 +140,7 @@ def test_plan_lies_between_minus_one_and_one() -> None:
     policy = make_policy(2, plan_channels=64)
     with torch.no_grad():
         policy.planner.head[-1].conv.bias[:64] = torch.linspace(-3, 3, 64)
-    plan = torch.cat([policy.plan(make_observation((8, 8)))[0] for _ in range(20)])
+    plan = torch.cat([policy.draw(make_observation((8, 8)))[0] for _ in range(20)])
     assert plan.abs().max() < 1
     assert plan.min() < -0.9
     assert plan.max() > 0.9
@@ -149,13 +149,13 @@ def test_plan_lies_between_minus_one_and_one() -> None:
 def test_log_prob_of_a_saturated_plan_is_finite() -> None:
     policy = make_policy(2)
     torch.nn.init.constant_(policy.planner.head[-1].conv.bias, 50.0)
-    assert policy.plan(make_observation((8, 8)))[1].isfinite().all()
+    assert policy.draw(make_observation((8, 8)))[1].isfinite().all()
 
 
 def test_plan_varies_between_draws() -> None:
     policy = make_policy(2)
     observation = make_observation((8, 8))
-    assert not torch.allclose(policy.plan(observation)[0], policy.plan(observation)[0])
+    assert not torch.allclose(policy.draw(observation)[0], policy.draw(observation)[0])
 
 
 @pytest.mark.parametrize("channels", [(8, 16), (4, 4)])
@@ -172,7 +172,7 @@ def test_act_carries_out_the_plan_that_was_drawn(spatial_dims: int, plan_grid: t
     policy = make_policy(spatial_dims, plan_grid=plan_grid)
     enlarge_action(policy, 100)
     observation = small_observation(spatial_dims)
-    plan, _, action = policy.sample(observation)
+    plan, _, action, _ = policy.sample(observation)
     torch.testing.assert_close(policy.act(observation, plan), action)
     assert not torch.allclose(policy.act(observation, -plan), action, atol=1e-3)
 
@@ -210,13 +210,14 @@ def test_constructor_refuses(arguments: tuple[int, int, int], options: dict[str,
 
 @pytest.mark.parametrize("size", SIZES)
 def test_critics_give_two_values_an_item(size: tuple[int, ...]) -> None:
-    critic = TwinCritic(len(size), 2, 3, channels=CHANNELS)
-    plan = torch.rand(2, 3, *[1] * len(size))
-    assert critic(make_observation(size), plan).shape == (2, 2)
+    critic = TwinCritic(len(size), CHANNELS, 3)
+    plan, _, features = make_policy(len(size)).draw(make_observation(size))
+    assert critic(features, plan).shape == (2, 2)
 
 
 def test_critics_are_independent() -> None:
-    values = TwinCritic(2, 2, 3, channels=CHANNELS)(make_observation((8, 8)), torch.rand(2, 3, 1, 1))
+    plan, _, features = make_policy(2).draw(make_observation((8, 8)))
+    values = TwinCritic(2, CHANNELS, 3)(features, plan)
     assert not torch.allclose(values[:, 0], values[:, 1], atol=1e-4)
 
 
@@ -224,14 +225,43 @@ def test_critics_are_independent() -> None:
 def test_gradient_of_the_value_by_the_plan_differs_between_states(
     spatial_dims: int, plan_grid: tuple[int, ...] | None
 ) -> None:
-    critic = TwinCritic(spatial_dims, 2, 3, channels=CHANNELS)
-    observation = small_observation(spatial_dims)
+    critic = TwinCritic(spatial_dims, CHANNELS, 3)
+    features = make_policy(spatial_dims).planner(small_observation(spatial_dims))[2]
     plan = torch.rand(1, 3, *(plan_grid or (1,) * spatial_dims)).repeat(2, *[1] * (spatial_dims + 1))
     plan.requires_grad_()
-    critic(observation, plan).amin(1).sum().backward()
+    critic(features, plan).amin(1).sum().backward()
     first, second = plan.grad
     assert first.abs().max() > 1e-4
     assert not torch.allclose(first, second, rtol=0.05)
+
+
+def test_what_the_critics_learn_moves_no_planner() -> None:
+    policy, critic = make_policy(2), TwinCritic(2, CHANNELS, 3)
+    plan, _, features = policy.draw(make_observation((8, 8)))
+    critic(features, plan.detach()).sum().backward()
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    assert all(parameter.grad is not None for parameter in critic.parameters())
+
+
+def test_critics_soon_tell_how_much_is_left_to_do() -> None:
+    """The states that a planner sees as far from their goal: its features are the larger."""
+    policy, critic = make_policy(2), TwinCritic(2, CHANNELS, 3)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+
+    def error(count: int) -> torch.Tensor:
+        left = torch.rand(count, 1, 1, 1)
+        image = torch.rand(count, 1, 16, 16)
+        observation = torch.cat([image, image + left * torch.randn(count, 1, 16, 16)], dim=1)
+        with torch.no_grad():
+            plan, _, features = policy.draw(observation)
+        return (critic(features, plan) - left.reshape(count, 1)).square().mean()
+
+    for _ in range(200):
+        optimizer.zero_grad()
+        error(8).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert error(200) < 0.01  # of a variance of 0.083
 
 
 @pytest.mark.parametrize("size", [(10, 6), (9, 6), (10, 6, 8), (9, 5, 7)])

@@ -64,7 +64,7 @@ def test_memory_stays_within_bounds_whatever_it_sees() -> None:
 
 def test_action_is_the_bounded_picture_and_both_memories() -> None:
     policy, observation = make_policy(), torch.rand(2, 8, *SIZE)
-    plan, action = policy.decide(observation)
+    plan, action, _ = policy.decide(observation)
     assert plan.shape == (2, *policy.plan_shape) == (2, 1, 4, 4)
     assert action.shape == (2, 5, *SIZE)
     assert action[:, :3].abs().max() <= 0.2
@@ -108,7 +108,7 @@ def test_memory_of_a_place_reaches_the_picture_around_it_first() -> None:
 
 def test_sample_draws_a_plan_and_remembers_the_same() -> None:
     policy, observation = make_policy(), torch.rand(2, 8, *SIZE)
-    plan, log_prob, action = policy.sample(observation)
+    plan, log_prob, action, _ = policy.sample(observation)
     assert plan.shape == (2, 1, 4, 4)
     assert log_prob.shape == (2,)
     decided = policy(observation)
@@ -120,14 +120,14 @@ def test_sample_draws_a_plan_and_remembers_the_same() -> None:
 def test_plan_is_drawn_from_the_distribution_that_sample_draws_from() -> None:
     policy, observation = make_policy(), torch.rand(2, 8, *SIZE)
     torch.manual_seed(1)
-    plan, log_prob, _ = policy.sample(observation)
+    plan, log_prob, _, features = policy.sample(observation)
     torch.manual_seed(1)
-    torch.testing.assert_close(policy.plan(observation), (plan, log_prob))
+    torch.testing.assert_close(policy.draw(observation), (plan, log_prob, features))
 
 
 def test_gradient_of_a_drawn_action_reaches_every_parameter() -> None:
     policy = make_policy()
-    _, log_prob, action = policy.sample(torch.rand(2, 8, *SIZE))
+    _, log_prob, action, _ = policy.sample(torch.rand(2, 8, *SIZE))
     (action.square().mean() + log_prob.mean()).backward()
     without = [name for name, parameter in policy.named_parameters() if parameter.grad is None]
     assert without == []

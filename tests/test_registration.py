@@ -94,6 +94,37 @@ def test_auto_settles_once_what_it_ends_with(
     assert done.quality["steps"] == most == len(done.curve) - 1
 
 
+class Expecting(torch.nn.Module):
+    """Twin critics that expect these values, one after the other."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = list(values)
+
+    def forward(self, features: list[torch.Tensor], plan: torch.Tensor) -> torch.Tensor:
+        value = self.values.pop(0)
+        return torch.tensor([[value, value + 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"), [([2.0, 1.0, 0.09], 2), ([0.05], 0), ([-1.0], 0), ([1.0] * 9, 6)], ids=str
+)
+def test_auto_stops_where_a_critic_expects_no_gain(
+    values: list[float], steps: int, oblique_files: dict[str, str], trained: Path
+) -> None:
+    registrar = Registrar(ckpt=trained / "model.pt", device="cpu")
+    bundle, settled = registrar.bundle(), []
+    assert bundle.critic is not None  # trained with reinforcement
+    bundle.critic = Expecting(*values)  # type: ignore[assignment]
+    settle = bundle.task.settle
+    bundle.task.settle = lambda state, taken: settled.append(taken) or settle(state, taken)  # type: ignore
+    done = registrar.register(Pair.read(oblique_files["fixed"], oblique_files["moving"]), Options(steps="auto"))
+    assert done.quality["steps"] == steps
+    assert len(done.history) == len(done.curve) == steps + 1
+    assert settled == ([steps] if steps else [])
+    assert done.quality["stopped_by_itself"] is (steps < 6)
+
+
 def test_auto_leaves_what_agrees_as_it_is(oblique_files: dict[str, str], registrar: Registrar) -> None:
     pair = Pair.read(oblique_files["fixed"], oblique_files["fixed"])
     shift = registrar.bundle(3).network.register_forward_hook(lambda network, observation, action: action + 1)

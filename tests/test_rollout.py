@@ -166,6 +166,23 @@ def test_follow_with_sampling_carries_out_drawn_plans() -> None:
     assert not torch.allclose(found["displacement"], mode["displacement"], atol=1e-3)
 
 
+@pytest.mark.parametrize(("worth", "steps"), [(0.5, 2), (-1.0, 3), (3.0, 0)])
+def test_follow_ends_where_a_critic_expects_too_little(worth: float, steps: int) -> None:
+    policy, task = make_policy(), RegistrationTask(2)
+    values = iter([[2.0, 0.9], [0.1, 0.6], [0.0, 0.4]])  # of both items, before each step
+
+    def critic(features: list[torch.Tensor], plan: torch.Tensor) -> torch.Tensor:
+        assert [len(x) for x in (*features, plan)] == [2] * (len(features) + 1)
+        value = torch.tensor(next(values))
+        return torch.stack([value, value + 1.0], dim=1)
+
+    first = task.reset(torch.rand(2, 2, 9, 7))
+    found = list(follow(policy, task, first, 3, critic=critic, worth=worth))  # type: ignore[arg-type]
+    assert len(found) == steps
+    for state, expected in zip(found, follow(policy, task, first, 3), strict=False):
+        torch.testing.assert_close(state, expected)
+
+
 def test_follow_does_not_judge() -> None:
     task = RegistrationTask(2)
     (state,) = follow(make_policy(), task, task.reset(torch.rand(1, 2, 9, 7)), 1)

@@ -50,7 +50,7 @@ def make_loss(task: StyleTask, **options: Any) -> SoftActorCriticLoss:
         2, 6, 3, channels=(8, 16), plan_channels=1, plan_grid=(4, 4), action_bound=0.3, action_stride=1
     )
     nn.init.normal_(policy.actor.head.conv.weight, std=0.1)
-    return SoftActorCriticLoss(policy, TwinCritic(2, 6, 1, channels=(8, 16)), task, **options)
+    return SoftActorCriticLoss(policy, TwinCritic(2, (8, 16), 1), task, **options)
 
 
 def terms_of(loss: SoftActorCriticLoss) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def make_loss(kind: type[TranslationTask], **options: Any) -> SoftActorCriticLos
     channels = 6 if kind is TranslationTask else 3
     policy = PlannerActor(2, channels, 3, channels=(8, 16), plan_channels=4, action_stride=1)
     nn.init.normal_(policy.actor.head.conv.weight, std=0.1)
-    critic = TwinCritic(2, channels, 4, channels=(8, 16))
+    critic = TwinCritic(2, (8, 16), 4)
     discriminator = SpectralDiscriminator(channels=4)
     task = kind(adversarial_weight=0.1, discriminator=discriminator)
     return SoftActorCriticLoss(policy, critic, task, **options)

@@ -46,7 +46,7 @@ def make_loss(features: FeatureNetwork, **options: Any) -> SoftActorCriticLoss:
         2, 10, 3, channels=(8, 16), plan_channels=1, plan_grid=(4, 4), action_bound=0.3, action_stride=1
     )
     nn.init.normal_(inner.actor.head.conv.weight, std=0.1)
-    policy, critic = RecurrentPlannerActor(inner, 6), TwinCritic(2, 8, 1, channels=(8, 16))
+    policy, critic = RecurrentPlannerActor(inner, 6), TwinCritic(2, (8, 16), 1)
     return SoftActorCriticLoss(policy, critic, make_task(features), **options)  # type: ignore[arg-type]
 
 

@@ -30,7 +30,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def observe(self, state: State) -> Tensor:
-        """Return what planner, actor and critics see, (B, C, *spatial)."""
+        """Return what the policy sees, and the critics by the planner's features, (B, C, *spatial)."""
 
     @abstractmethod
     def advance(self, state: State, action: Tensor) -> State:

@@ -57,7 +57,7 @@ def transitions_per_second(size: int, *, box: bool, field_stride: int, steps: in
     if not box:
         task.similarity = MonaiNCC()
     policy = PlannerActor(3, 2, 3, action_bound=5.0 / field_stride, action_stride=field_stride)
-    loss = SoftActorCriticLoss(policy, TwinCritic(3, 2, 64), task)
+    loss = SoftActorCriticLoss(policy, TwinCritic(3, (16, 32, 64, 64), 64), task)
     optimizer = torch.optim.Adam(loss.parameters())
     replay = ReplayBuffer(12, task.replay_keys)
     image = torch.rand(2, 2, size, size, size)
@@ -92,7 +92,7 @@ def measure_training(size: int) -> Callable[[], object]:
     """Return a run of eight steps of an episode and one update of four transitions."""
     task = RegistrationTask(3, field_stride=2, dice_reward=False)
     policy = PlannerActor(3, 2, 3, action_bound=2.5, action_stride=2)
-    loss = SoftActorCriticLoss(policy, TwinCritic(3, 2, 64), task)
+    loss = SoftActorCriticLoss(policy, TwinCritic(3, (16, 32, 64, 64), 64), task)
     optimizer = torch.optim.Adam(loss.parameters())
     image = torch.rand(1, 2, size, size, size)
 

@@ -111,9 +111,9 @@ class Judge:
         moved, fixed = (state[f"{role}_anatomy"].flatten(2) for role in ("moved", "fixed"))
         return float((2 * (moved * fixed).sum(2) / (moved + fixed).sum(2)).mean())
 
-    def value(self, observation: Tensor, plan: Tensor) -> Tensor:
-        """Return the smaller critic's value of plans in one state."""
-        value: Tensor = self.loss.critic(observation.expand(len(plan), *observation.shape[1:]), plan).amin(1)
+    def value(self, features: list[Tensor], plan: Tensor) -> Tensor:
+        """Return the smaller critic's value of plans in one state, by the planner's features there."""
+        value: Tensor = self.loss.critic([x.expand(len(plan), *x.shape[1:]) for x in features], plan).amin(1)
         return value
 
     def pair(self, number: int) -> dict[str, Any]:
@@ -126,8 +126,8 @@ class Judge:
         for _ in range(HORIZON):
             observation = self.task.observe(state)
             with quick():
-                plan, action = self.policy.decide(observation)
-                row["value"].append(float(self.value(observation, plan)[0]))
+                plan, action, features = self.policy.decide(observation)
+                row["value"].append(float(self.value(features, plan)[0]))
             state = self.task.advance(state, action)
             row["dice"].append(self.dice(state, label))
             row["likeness"].append(self.likeness(state))
@@ -147,7 +147,7 @@ class Judge:
         after: dict[str, Tensor]
         if choice == "critic":
             with quick():
-                best = int(self.value(observation, plans).argmax())
+                best = int(self.value(drawn[0][3], plans).argmax())
             after = self.task.advance(state, actions[best])
         elif choice == "likeness":
             after = max((self.task.advance(state, action) for action in actions), key=self.likeness)

@@ -3,15 +3,17 @@
     python tests/benchmarks/stopping.py pairs.csv --ckpt model.pt --output stopping
 
 Every other pair as it is, and with the moving image turned and shifted by three amounts, registered from where it lies;
-by ``--every 1 --as-they-lie`` all pairs, as they are alone. The stop of ``--stop auto`` at several thresholds of its
-gain, by what is seen (which weights that see nothing cannot) and by the similarity, and one that knew the true Dice of
-every step and gave the best mean for its price, against every fixed number of steps.
+by ``--every 1 --as-they-lie`` all pairs, as they are alone. The stops of ``--stop auto`` at several thresholds of their
+gain: by what is seen (which weights that see nothing cannot), by the critic (of weights that were trained with
+reinforcement) and by the similarity; and one that knew the true Dice of every step and gave the best mean for its
+price, against every fixed number of steps.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +26,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from monai_rl_reg.data import read_pairs
+from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.request import Pair
 from monai_rl_reg.stepping import enough, take_steps
@@ -52,10 +55,27 @@ def moved(pair: Pair, degrees: float, millimetres: float, random: np.random.Gene
 def course(bundle: PolicyBundle, working: WorkingPair, steps: int) -> list[dict[str, float]]:
     """Return the measures that a stop goes by after every step, and the Dice that stopping there comes to."""
     curve = take_steps(bundle, working, steps + 1).curve[:-1]  # the last one comes relaxed
+    if bundle.critic is not None:
+        for point, value in zip(curve, values(bundle, working, steps), strict=True):
+            point["value"] = value
     if cast(RegistrationTask, bundle.task).relax:
         for taken in range(1, steps + 1):
             curve[taken]["dice"] = take_steps(bundle, working, taken).curve[-1]["dice"]
     return curve
+
+
+@torch.no_grad()
+def values(bundle: PolicyBundle, working: WorkingPair, steps: int) -> list[float]:
+    """Return the gain in score that the critic expects of all steps to come, before the first and after every step."""
+    policy, task, found = cast(PlannerActor, bundle.network), cast(RegistrationTask, bundle.task), []
+    structures = None if working.structures is None else working.structures[None]
+    for state in islice(
+        bundle.trajectory(working.image.as_tensor()[None], steps + 1, structures=structures), steps + 1
+    ):
+        plan, _, features = policy.decide(task.observe(state))
+        assert bundle.critic is not None
+        found.append(float(bundle.critic(features, plan).amin(1)) / task.reward_scale)
+    return found
 
 
 def stops(curve: list[dict[str, float]], measure: str, least: float, most: int) -> tuple[int, int]:
@@ -63,6 +83,9 @@ def stops(curve: list[dict[str, float]], measure: str, least: float, most: int) 
 
     It keeps none where the similarity is less than before the first.
     """
+    if measure == "value":
+        taken = next((n for n in range(most) if curve[n]["value"] < least), most)
+        return taken, taken
     taken = next((n for n in range(1, most) if enough(curve[: n + 1], measure, least)), most)
     return taken, 0 if measure != "seen_dice" and curve[taken][measure] < curve[0][measure] else taken
 
@@ -105,7 +128,7 @@ def main() -> None:
     for number in range(1, total + 1):
         note("fixed", number, np.full(len(dice), number))
     for least in (0.002, 0.005, 0.01, 0.02, 0.05):
-        for rule, measure in (("seen", "seen_dice"), ("similarity", bundle.similarity.name)):
+        for rule, measure in (("seen", "seen_dice"), ("critic", "value"), ("similarity", bundle.similarity.name)):
             if measure not in curves[0][0]:
                 continue
             note(rule, least, *np.array([stops(curve, measure, least, most) for curve in curves]).T)
