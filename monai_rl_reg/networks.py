@@ -322,31 +322,28 @@ class Critic(nn.Module):
             nn.Linear(VALUE_WIDTH, 1),
         )
 
-    def forward(self, features: Sequence[Tensor], plan: Tensor) -> Tensor:
-        """Return the value (B,) of plan (B, P, *grid) in the state where the planner found these features."""
-        levels = [x.detach().float().flatten(2) for x in features]
-        found = [f(x) for x in levels for f in (_mean, _largest, _root_mean_square)]
-        deepest = _even(features[-1].detach().float())
+    def forward(self, summary: Tensor, deepest: Tensor, plan: Tensor) -> Tensor:
+        """Return the value (B,) of plan (B, P, *grid) in a state.
+
+        Args:
+            summary: (B, N), of all features.
+            deepest: (B, C, *coarse), the features of the last level.
+            plan: judged.
+        """
         scale, shift = self.film(plan.to(deepest)).chunk(2, dim=1)
         if any(n > 1 for n in scale.shape[2:]):
             size = deepest.shape[2:]
             scale = F.interpolate(scale, size=size, mode=self.mode, align_corners=False)
             shift = F.interpolate(shift, size=size, mode=self.mode, align_corners=False)
         mixed = self.mix(deepest * (1 + scale) + shift).flatten(2)
-        value: Tensor = self.value(torch.cat([_even(torch.cat(found, dim=1)), _mean(mixed), _largest(mixed)], dim=1))
+        value: Tensor = self.value(torch.cat([summary, mixed.mean(-1), mixed.amax(-1)], dim=1))
         return value.squeeze(1).float()
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(-1)
-
-
-def _largest(x: Tensor) -> Tensor:
-    return x.amax(-1)
-
-
-def _root_mean_square(x: Tensor) -> Tensor:
-    return x.square().mean(-1).sqrt()
+def _summary(x: Tensor) -> Tensor:
+    """Mean, largest value and root mean square of every channel, (B, 3 C)."""
+    x = x.flatten(2)
+    return torch.cat([x.mean(-1), x.amax(-1), x.square().mean(-1).sqrt()], dim=1)
 
 
 def _even(x: Tensor) -> Tensor:
@@ -371,4 +368,6 @@ class TwinCritic(nn.Module):
 
     def forward(self, features: Sequence[Tensor], plan: Tensor) -> Tensor:
         """Return both values, (B, 2), of plan (B, P, *grid) in the state where the planner found these features."""
-        return torch.stack([critic(features, plan) for critic in self.critics], dim=1)
+        levels = [x.detach().float() for x in features]
+        summary, deepest = _even(torch.cat([_summary(x) for x in levels], dim=1)), _even(levels[-1])
+        return torch.stack([critic(summary, deepest, plan) for critic in self.critics], dim=1)
