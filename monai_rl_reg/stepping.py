@@ -18,7 +18,7 @@ from monai_rl_reg.tasks.task import State
 from monai_rl_reg.warping import Warp
 from monai_rl_reg.working import WorkingPair
 
-WORTH = 1e-2
+WORTH = 5e-3
 """Dice, or similarity where there were no labels in training, that the critic must expect the steps to come to gain."""
 GAIN = 5e-3
 """Dice of seen structures that a step must gain for another one to follow, when the steps stop by themselves."""

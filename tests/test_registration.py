@@ -107,7 +107,7 @@ class Expecting(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("values", "steps"), [([2.0, 1.0, 0.09], 2), ([0.05], 0), ([-1.0], 0), ([1.0] * 9, 6)], ids=str
+    ("values", "steps"), [([2.0, 1.0, 0.049], 2), ([0.04], 0), ([-1.0], 0), ([1.0] * 9, 6)], ids=str
 )
 def test_auto_stops_where_a_critic_expects_no_gain(
     values: list[float], steps: int, oblique_files: dict[str, str], trained: Path
