@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     how = command.add_argument_group("how")
     amount = how.add_mutually_exclusive_group()
     amount.add_argument("--steps", type=int, metavar="N", help="number of steps (default: the bundle's)")
-    amount.add_argument("--stop", choices=["auto"], help="auto: stop when a step hardly raises the similarity")
+    amount.add_argument("--stop", choices=["auto"], help="auto: stop when a step gains too little, or will")
     add = how.add_argument
     add("--refine", type=float, default=0.0, metavar="SECONDS", help="then improve this pair by gradient descent on "
         "the training loss, for so long at most")  # fmt: skip

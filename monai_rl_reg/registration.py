@@ -281,7 +281,7 @@ def register(
         moving_label: label map on the moving image's grid, to be moved.
         fixed_label: label map on the fixed image's grid, to measure Dice with.
         landmarks: CSV file of points to carry to the other image.
-        steps: number of steps; ``auto`` stops when the similarity gains no more; None takes the bundle's number.
+        steps: number of steps; ``auto`` stops when a step gains too little; None takes the bundle's number.
         refine: seconds of refinement at most.
         uncertainty: rollouts of sampled plans; 0 for none.
         initial: ``auto``, ``none``, or the path of an ITK transform.

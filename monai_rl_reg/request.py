@@ -19,7 +19,7 @@ class Options:
     """How to register.
 
     Attributes:
-        steps: number of steps; ``auto`` stops when the similarity gains no more; None takes the bundle's number.
+        steps: number of steps; ``auto`` stops when a step gains too little; None takes the bundle's number.
         refine: seconds of refinement at most, by gradient descent on the task's loss; 0 for none.
         uncertainty: rollouts of sampled plans to tell the uncertainty from, at least 2; 0 for none.
         initial: transform from fixed to moving space to begin with: ``auto`` finds an affine where the images are not
