@@ -243,8 +243,7 @@ def test_what_the_critics_learn_moves_no_planner() -> None:
     assert all(parameter.grad is not None for parameter in critic.parameters())
 
 
-def test_critics_soon_tell_how_much_is_left_to_do() -> None:
-    """The states that a planner sees as far from their goal: its features are the larger."""
+def test_critics_learn_from_the_features_how_much_is_left_to_do() -> None:
     policy, critic = make_policy(2), TwinCritic(2, CHANNELS, 3)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
 

@@ -110,14 +110,17 @@ class Expecting(torch.nn.Module):
     ("values", "steps"), [([2.0, 1.0, 0.049], 2), ([0.04], 0), ([-1.0], 0), ([1.0] * 9, 6)], ids=str
 )
 def test_auto_stops_where_a_critic_expects_no_gain(
-    values: list[float], steps: int, oblique_files: dict[str, str], trained: Path
+    values: list[float],
+    steps: int,
+    oblique_files: dict[str, str],
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registrar = Registrar(ckpt=trained / "model.pt", device="cpu")
     bundle, settled = registrar.bundle(), []
     assert bundle.critic is not None  # trained with reinforcement
-    bundle.critic = Expecting(*values)  # type: ignore[assignment]
-    settle = bundle.task.settle
-    bundle.task.settle = lambda state, taken: settled.append(taken) or settle(state, taken)  # type: ignore
+    monkeypatch.setattr(bundle, "critic", Expecting(*values))
+    monkeypatch.setattr(bundle.task, "settle", lambda state, taken: settled.append(taken) or state)
     done = registrar.register(Pair.read(oblique_files["fixed"], oblique_files["moving"]), Options(steps="auto"))
     assert done.quality["steps"] == steps
     assert len(done.history) == len(done.curve) == steps + 1
