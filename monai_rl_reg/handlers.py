@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
+from monai.handlers import ValidationHandler
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from torch import Tensor
 from tqdm import tqdm
@@ -82,14 +84,11 @@ class TrainingTime:
     Args:
         minutes: the time to train for, in minutes; None trains for all of ``max_epochs``.
         max_epochs: the trainer's.
-        every: end only after a number of epochs that this divides: the interval of validation, so that what training
-            ends with is validated.
     """
 
-    def __init__(self, minutes: float | None, max_epochs: int, *, every: int = 1) -> None:
+    def __init__(self, minutes: float | None, max_epochs: int) -> None:
         self.minutes = minutes
         self.max_epochs = max_epochs
-        self.every = every
         self.epoch = 0
         self.elapsed = 0.0  # in minutes, of all runs that this one resumes
         self._since = 0.0
@@ -124,8 +123,27 @@ class TrainingTime:
             torch.distributed.broadcast(elapsed, 0)  # all processes end with the same epoch
             self.elapsed = float(elapsed)
         self.epoch = engine.state.epoch
-        if self.minutes is not None and self.elapsed >= self.minutes and self.epoch % self.every == 0:
+        if self.minutes is not None and self.elapsed >= self.minutes:
             engine.state.max_epochs = engine.state.epoch
+
+
+class EpochValidation(ValidationHandler):
+    """MONAI's handler, which besides validates the last epoch: what a training ends with, whatever the interval.
+
+    Args:
+        interval: validate after every so many epochs.
+        validator: MONAI's evaluator.
+    """
+
+    def __init__(self, interval: int, validator: Evaluator) -> None:
+        super().__init__(interval, validator)
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this trainer; attach it after what may end the training, such as :class:`TrainingTime`."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=self._due), self)
+
+    def _due(self, engine: Engine, epoch: int) -> bool:
+        return epoch % self.interval == 0 or epoch == engine.state.max_epochs
 
 
 class EvaluationTable:

@@ -279,12 +279,6 @@ class PlannerActor(nn.Module):
         return plan, log_prob, self.actor(plan, features, list(observation.shape[2:])), features
 
     @torch.jit.unused
-    def act(self, observation: Tensor, plan: Tensor) -> Tensor:
-        """Carry out a given plan (B, P, *grid): the action (B, out_channels, *strided)."""
-        features = self.planner(observation)[2]
-        return self.actor(plan, features, list(observation.shape[2:]))
-
-    @torch.jit.unused
     def draw(self, observation: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Draw a plan (B, P, *grid) without acting on it; return its log-probability (B,) and the features too."""
         mean, log_std, features = self.planner(observation)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import Evaluator
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.handlers import PictureWriter, TrainingTime
+from monai_rl_reg.handlers import EpochValidation, PictureWriter, TrainingTime
 from monai_rl_reg.pictures import CAPTION, GAP, read_picture
 
 pytest.importorskip("PIL")
@@ -55,10 +56,26 @@ def test_training_ends_after_the_minutes_with_a_whole_epoch(clock: Clock) -> Non
     assert progress == pytest.approx([0.5 / 1.75, 1 / 1.75, 1.5 / 1.75, 1])
 
 
-def test_training_ends_with_an_epoch_that_is_validated(clock: Clock) -> None:
-    engine, progress = train(TrainingTime(1.75, 100, every=3), clock, epochs=100)  # over in the fourth
-    assert engine.state.epoch == 6
-    assert progress[3:] == [1, 1, 1]
+@pytest.mark.parametrize(("minutes", "validated"), [(1.75, [3, 4]), (None, [3, 6, 7])])
+def test_last_epoch_is_validated_whatever_the_interval(
+    clock: Clock, minutes: float | None, validated: list[int]
+) -> None:
+    class Validator(Evaluator):
+        def __init__(self) -> None:
+            super().__init__(torch.device("cpu"), [None])  # type: ignore[arg-type]
+            self.epochs: list[int] = []
+
+        def run(self, global_epoch: int = 1) -> None:
+            self.epochs.append(global_epoch)
+
+    def iterate(engine: Engine, batch: Any) -> None:
+        clock.seconds += 10
+
+    engine, validator = Engine(iterate), Validator()
+    TrainingTime(minutes, 7).attach(engine)
+    EpochValidation(3, validator).attach(engine)
+    engine.run(range(3), max_epochs=7)
+    assert validator.epochs == validated
 
 
 def test_training_that_takes_all_its_epochs_has_no_other_end(clock: Clock) -> None:

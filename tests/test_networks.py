@@ -45,9 +45,7 @@ def test_action_has_the_size_of_the_observation_over_its_stride_rounded_up(
     observation = make_observation(size, batch)
     expected = (batch, len(size), *(math.ceil(n / action_stride) for n in size))
     assert policy(observation).shape == expected
-    plan, _, action, _ = policy.sample(observation)
-    assert action.shape == expected
-    assert policy.act(observation, plan).shape == expected
+    assert policy.sample(observation)[2].shape == expected
 
 
 def test_action_has_the_resolution_of_the_observation_unless_asked_otherwise() -> None:
@@ -103,9 +101,9 @@ def test_forward_carries_out_the_mode_of_the_plan(spatial_dims: int) -> None:
     enlarge_action(policy, 100)
     observation = make_observation((8, 12, 4)[:spatial_dims])
     mode = torch.tanh(policy.planner(observation)[0])
-    plan, action, _ = policy.decide(observation)
+    plan, action, features = policy.decide(observation)
     torch.testing.assert_close(plan, mode)
-    torch.testing.assert_close(action, policy.act(observation, mode))
+    torch.testing.assert_close(action, policy.actor(mode, features, list(observation.shape[2:])))
     torch.testing.assert_close(policy(observation), action)
 
 
@@ -168,13 +166,14 @@ def test_plan_depends_on_the_observation(spatial_dims: int, channels: tuple[int,
 
 
 @pytest.mark.parametrize(("spatial_dims", "plan_grid"), GRIDS)
-def test_act_carries_out_the_plan_that_was_drawn(spatial_dims: int, plan_grid: tuple[int, ...] | None) -> None:
+def test_actor_carries_out_the_plan_that_was_drawn(spatial_dims: int, plan_grid: tuple[int, ...] | None) -> None:
     policy = make_policy(spatial_dims, plan_grid=plan_grid)
     enlarge_action(policy, 100)
     observation = small_observation(spatial_dims)
-    plan, _, action, _ = policy.sample(observation)
-    torch.testing.assert_close(policy.act(observation, plan), action)
-    assert not torch.allclose(policy.act(observation, -plan), action, atol=1e-3)
+    plan, _, action, features = policy.sample(observation)
+    size = list(observation.shape[2:])
+    torch.testing.assert_close(policy.actor(plan, features, size), action)
+    assert not torch.allclose(policy.actor(-plan, features, size), action, atol=1e-3)
 
 
 def test_gradient_of_the_action_reaches_mean_and_spread_of_the_plan() -> None:

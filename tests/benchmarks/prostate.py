@@ -154,7 +154,7 @@ def train(name: str, cases: list[Case], fold: int, arguments: argparse.Namespace
         "pairs": f"{output}_train.csv",
         "val_pairs": f"{output}_held_out.csv",
         "max_epochs": epochs,
-        "val_interval": epochs,  # the last weights are taken, not the best: the held-out cases choose nothing
+        "val_interval": epochs,  # only the last: its weights are taken, not the best: the held-out cases choose nothing
         "epoch_length": min(50, arguments.iterations),
     }
     configs, settings = [str(CONFIGS / "train.json")], common | POLICIES[name]
