@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from torch import Tensor
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.nifti import replacing
+
+LEFTOVER = re.compile("tmp[a-z0-9_]{8}")
+"""Names of the files that a killed save leaves, which Python's ``tempfile`` chose."""
 
 
 class SafeCheckpointSaver(CheckpointSaver):
@@ -77,6 +82,32 @@ def _reseed(engine: Engine) -> None:
     for transform in (getattr(dataset, name, None) for name in ("transform", "augment")):
         if isinstance(transform, Randomizable):
             transform.set_random_state((get_seed() or 0) + engine.state.iteration)
+
+
+class StartFrom:
+    """Begin a training with weights of another one.
+
+    Args:
+        path: of its checkpoint; a file of weights alone is the network's.
+        load_dict: modules by their names in the checkpoint.
+    """
+
+    def __init__(self, path: str, load_dict: Mapping[str, torch.nn.Module]) -> None:
+        self.path = path
+        self.load_dict = load_dict
+
+    def attach(self, engine: Engine) -> None:
+        """Follow this trainer; attach it before :class:`ResumeTraining`."""
+        engine.add_event_handler(Events.STARTED, self._load)
+
+    def _load(self, engine: Engine) -> None:
+        checkpoint = load_checkpoint(self.path)
+        for name, module in self.load_dict.items():
+            weights = checkpoint
+            if isinstance(checkpoint, dict):
+                weights = checkpoint.get(name, checkpoint if name == "network" else {})
+            fill_weights(module, weights, self.path)
+        print(f"Starting from the weights in {self.path}")
 
 
 class RandomState:
@@ -147,10 +178,11 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
             folder.rename(aside)
             print(f"Moved the earlier run in {folder} to {aside}")
         folder.mkdir(parents=True, exist_ok=True)
-        for outdated in sorted(folder.glob("checkpoint_epoch=*.pt"), key=lambda path: path.stat().st_mtime)[:-2]:
+        for outdated in sorted(folder.glob("checkpoint_epoch=*.pt"), key=_epoch)[:-2]:
             outdated.unlink()  # the process that saved them is gone, and with it its count of what to keep
-        for leftover in folder.glob("tmp*"):  # of a save that was killed
-            leftover.unlink()
+        for path in folder.iterdir():
+            if LEFTOVER.fullmatch(path.name) and path.is_file():
+                path.unlink()
         with replacing(folder / ".writable"):
             pass
         (folder / ".writable").unlink()
@@ -166,8 +198,17 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
 
 def latest_checkpoint(output_dir: str) -> str | None:
     """Return the newest training checkpoint of a run, or None where it has none."""
-    found = sorted(Path(output_dir).glob("checkpoint*.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(Path(output_dir).glob("checkpoint*.pt"), key=_epoch)
     return str(found[-1]) if found else None
+
+
+def _epoch(path: Path) -> float:
+    """Return after how many epochs a checkpoint was saved: a folder's copy has other times, in the names' order."""
+    named = re.fullmatch(r"checkpoint_epoch=(\d+)\.pt", path.name)
+    if named:
+        return int(named[1])
+    trainer = load_checkpoint(str(path)).get("trainer", {})
+    return float(trainer.get("iteration", 0)) / max(1, trainer.get("epoch_length", 1))
 
 
 def load_policy(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,15 @@ def split_data(
         InputError: if nothing is left to train on, a name in ``val_cases`` is not there, or a file is bad.
     """
     validation = read_pairs(val_pairs) if val_pairs else None
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # of torchrun, each of which validates a pair at least
+    if validation is not None and len(validation) < processes:
+        raise InputError(
+            f"pairs {val_pairs}: expected a validation pair for each of {processes} processes, found {len(validation)}"
+        )
     if pairs:
         rows = read_pairs(pairs)
         if validation is None:
-            count = max(1, len(rows) // 10)
+            count = max(processes, len(rows) // 10)
             validation, rows = (rows[-count:], rows[:-count]) if len(rows) > 1 else (rows, rows)
         kept_back = {_identity(pair[key]) for pair in validation for key in ("fixed", "moving")} if val_pairs else set()
         training = [p for p in rows if not {_identity(p["fixed"]), _identity(p["moving"])} & kept_back]

@@ -8,7 +8,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +64,28 @@ def replacing_folder(folder: str | Path, ours: Set[str]) -> Iterator[Path]:
             _give_back(staging, folder.resolve(), ours)
         else:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return the folder; where it is not there yet, have it filled, under another name until it is complete.
+
+    Raises:
+        InputError: if it cannot be made or written to.
+    """
+    folder = Path(os.path.normpath(folder))
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            inside = Path(temporary) / folder.name
+            inside.mkdir()
+            make(inside)
+            inside.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was faster
+            raise InputError(f"output {folder}: expected room to write it, found: {error}") from error
+    return folder
 
 
 def drop_leftovers(folder: Path) -> None:

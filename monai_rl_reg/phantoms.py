@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from monai.transforms.utils import create_rotate
 from torch import Tensor
 
+from monai_rl_reg.folders import made_once
 from monai_rl_reg.geometry import grid_points
 from monai_rl_reg.nifti import write_image
 
@@ -39,20 +38,16 @@ def make_cohort(folder: str | Path, *, count: int = 24, size: int = 40, spatial_
     folder = Path(os.path.normpath(folder)) / f"cohort_{spatial_dims}d_{count}x{size}_seed{seed}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"No data given: making a synthetic cohort of {count} cases in {folder}")
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".cohort"))
     random = torch.Generator().manual_seed(seed)
-    try:
+
+    def make(inside: Path) -> None:
         for i in range(count):
             image, label, affine = make_case(random, size=size, spatial_dims=spatial_dims, oblique=i % 3 == 2)
-            write_image(temporary / "imagesTr" / f"phantom_{i:03d}.nii.gz", image, affine)
-            write_image(temporary / "labelsTr" / f"phantom_{i:03d}.nii.gz", label, affine)
-        if not folder.is_dir():  # another process may have been faster
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+            write_image(inside / "imagesTr" / f"phantom_{i:03d}.nii.gz", image, affine)
+            write_image(inside / "labelsTr" / f"phantom_{i:03d}.nii.gz", label, affine)
+
+    return made_once(folder, make)
 
 
 def make_case(

@@ -27,6 +27,10 @@ CAPTION = 18
 """Pixels of height of a strip's captions, at least; those of large pictures are a sixteenth of their height."""
 
 
+ORIENTATION = 0x0112
+"""EXIF's tag; from 5 on the picture lies on its side."""
+
+
 def import_extra(module: str) -> Any:
     """Import a module that only the picture tasks need.
 
@@ -143,6 +147,21 @@ class SplitSideBySided(Transform):
         return result | {self.photo_key: photo.contiguous(), self.label_key: label.contiguous()}
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Return a picture's height and width as :func:`read_picture` reads it, by its header alone.
+
+    Raises:
+        InputError: if the file is no picture.
+    """
+    try:
+        with import_extra("PIL.Image").open(path) as file:
+            width, height = file.size
+            lying = file.getexif().get(ORIENTATION, 1) >= 5
+    except OSError as error:
+        raise InputError(f"picture {path}: expected one that can be read, found: {error}") from error
+    return (width, height) if lying else (height, width)
+
+
 def list_pictures(folder: str | Path) -> list[Path]:
     """List the pictures of a folder (not of its subfolders) in natural order: ``2.jpg`` comes before ``10.jpg``.
 
@@ -174,19 +193,18 @@ def split_pictures(
     Args:
         dataset_dir: folder of pictures; None takes the folder that ``default`` returns, and prints that.
         default: makes a folder of pictures for people without data.
-        hold_back: how many of the last pictures are for validation; below 1, which share of all (at least one
-            picture, unless it is 0).
+        hold_back: how many of the last pictures are for validation; below 1, which share of all, at least one.
         limit: most pictures to train on, the first ones; validation does not change with it.
 
     Raises:
-        InputError: if the folder is missing or empty, ``hold_back`` is negative, or nothing is left to train on.
+        InputError: if the folder is missing or empty, ``hold_back`` is not above 0, or nothing is left to train on.
     """
     if dataset_dir is None:
         dataset_dir = default()
         print(f"No data given: using the {len(list_pictures(dataset_dir))} pictures in {dataset_dir}")
     paths = list_pictures(dataset_dir)
-    if not hold_back >= 0:
-        raise InputError(f"hold_back: expected 0, a share or a number of pictures, found {hold_back}")
+    if not hold_back > 0:  # what is kept of a training is what validation finds best
+        raise InputError(f"hold_back: expected a share or a number of pictures above 0, found {hold_back}")
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected at least 1 picture to train on, found {limit}")
     held_out = int(hold_back) if hold_back >= 1 else math.ceil(hold_back * len(paths) - 1e-9)  # 0.07 * 100 > 7

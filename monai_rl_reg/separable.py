@@ -7,8 +7,10 @@ variances from differences of such sums, and displacement fields are interpolate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from monai.networks.layers import gaussian_1d
@@ -66,10 +68,46 @@ def _filtered(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 def _along(x: Tensor, dim: int, matrix: Tensor) -> Tensor:
     """Multiply one direction by a matrix, (before, after)."""
     with torch.autocast(x.device.type, enabled=False):
+        multiply = _Product.apply if x.device.type == "cuda" else torch.matmul
         if dim == x.ndim - 1:
-            return x @ matrix
+            return multiply(x, matrix)
         size = *x.shape[:dim], matrix.shape[1], *x.shape[dim + 1 :]
-        return (matrix.T @ x.flatten(dim + 1)).reshape(size)
+        return multiply(matrix.T, x.flatten(dim + 1)).reshape(size)
+
+
+class _Product(torch.autograd.Function):
+    """A matrix product that stays fp32 where CUDA is allowed TF32, as NVIDIA's containers allow it.
+
+    Sums over windows are subtracted from each other: with TF32's ten bits little is left of a faint texture's NCC. One
+    of the two factors is a constant matrix.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with _full_precision():
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False), _full_precision():
+            return (
+                gradient @ b.mT if ctx.needs_input_grad[0] else None,
+                a.mT @ gradient if ctx.needs_input_grad[1] else None,
+            )
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    backend: Any = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(backend, name)
+    setattr(backend, name, full)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)
 
 
 def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

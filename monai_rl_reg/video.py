@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import identity_grid
-from monai_rl_reg.pictures import import_extra, list_pictures, read_picture, to_bytes
+from monai_rl_reg.pictures import import_extra, list_pictures, picture_size, read_picture, to_bytes
 from monai_rl_reg.warping import Warp
 
 RATE = Fraction(24)
@@ -45,12 +45,20 @@ class VideoFrames(Dataset[dict[str, Any]]):
         self.path = Path(path)
         self.rate = RATE
         self.pictures: list[Path] = []
+        self.count = 0
         self._frames: Iterator[Tensor] | None = None
         self._next = 0
         if self.path.is_dir():
             self.pictures = list_pictures(self.path)
             self.count = len(self.pictures)
-            self.size = tuple(read_picture(self.pictures[0]).shape[1:])
+            self.size = picture_size(self.pictures[0])
+            for picture in self.pictures:
+                height, width = picture_size(picture)
+                if (height, width) != self.size:
+                    raise InputError(
+                        f"video {self.path}: expected pictures of one size, found {self.pictures[0].name} of "
+                        f"{self.size[1]} x {self.size[0]} and {picture.name} of {width} x {height}"
+                    )
             return
         if not self.path.is_file():
             raise InputError(f"video {self.path}: expected a video file or a folder of pictures, found none")
@@ -61,9 +69,11 @@ class VideoFrames(Dataset[dict[str, Any]]):
                     raise ValueError("no video stream")
                 stream = container.streams.video[0]
                 self.rate = Fraction(stream.average_rate)
-                self.size = (stream.height, stream.width)
-                # containers may not know; decoding once costs little beside what is done with the frames
-                self.count = stream.frames or sum(1 for _ in container.decode(stream))
+                # Containers may not know, and one that was cut counts what it hides; decoding once costs little beside
+                # what is done with the frames.
+                for self.count, frame in enumerate(container.decode(stream), start=1):
+                    if self.count == 1:
+                        self.size = _upright(frame.to_ndarray(format="rgb24"), frame.rotation).shape[:2]
         except Exception as error:
             raise InputError(
                 f"video {self.path}: expected a video that can be read, found {self.path.stat().st_size:,} bytes that "
@@ -94,8 +104,13 @@ class VideoFrames(Dataset[dict[str, Any]]):
     def _decode(self) -> Iterator[Tensor]:
         with import_extra("av").open(str(self.path)) as container:
             for frame in container.decode(video=0):
-                pixels = frame.to_ndarray(format="rgb24").astype(np.float32) / 255
+                pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation).astype(np.float32) / 255
                 yield torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _upright(pixels: np.ndarray, rotation: int) -> np.ndarray:
+    """Turn a frame (H, W, 3) as its display matrix asks, by degrees counterclockwise: phones film lying."""
+    return np.rot90(pixels, round(rotation / 90))
 
 
 class VideoFile:

@@ -11,7 +11,15 @@ from monai.data import DataLoader, Dataset
 from monai.transforms import Compose, RandGaussianNoise
 from monai.utils import set_determinism
 
-from monai_rl_reg.checkpoints import RandomState, ResumeTraining, load_checkpoint, load_critic
+from monai_rl_reg.checkpoints import (
+    RandomState,
+    ResumeTraining,
+    StartFrom,
+    latest_checkpoint,
+    load_checkpoint,
+    load_critic,
+    prepare_output,
+)
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.networks import TwinCritic
 from monai_rl_reg.policy_bundle import PolicyBundle
@@ -71,3 +79,37 @@ def test_a_resumed_training_does_not_repeat_the_augmentation_of_its_beginning(tm
     resumed = run(tmp_path)
     assert not any(torch.equal(resumed[0], x) for x in first)
     set_determinism(None)
+
+
+def test_newest_checkpoint_and_leftovers_go_by_names_and_content(tmp_path: Path) -> None:
+    for name in ("tmp_notes.txt", "tmpl.nii.gz", "tmp0a_b9zx3"):
+        (tmp_path / name).touch()
+    (tmp_path / "tmp").mkdir()
+    final = {"trainer": {"iteration": 95, "epoch_length": 10}}
+    for name in ("epoch=10", "epoch=8", "final", "epoch=9"):  # the order in which a copy may have been written
+        torch.save(final if name == "final" else {}, tmp_path / f"checkpoint_{name}.pt")
+    prepare_output(str(tmp_path), resume=True)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"tmp_notes.txt", "tmpl.nii.gz", "tmp"} | {
+        f"checkpoint_{n}.pt" for n in ("epoch=10", "epoch=9", "final")
+    }
+    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_epoch=10.pt")
+    final["trainer"]["iteration"] = 104
+    torch.save(final, tmp_path / "checkpoint_final.pt")
+    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_final.pt")
+
+
+def test_start_from_weights_that_do_not_fit_is_one_sentence(tmp_path: Path) -> None:
+    def start(name: str, content: object) -> torch.nn.Module:
+        torch.save(content, tmp_path / name)
+        module = torch.nn.Linear(2, 2)
+        engine = Engine(lambda engine, batch: None)
+        StartFrom(str(tmp_path / name), {"network": module}).attach(engine)
+        engine.run([0])
+        return module
+
+    weights = torch.nn.Linear(2, 2).state_dict()
+    for content in (weights, {"network": weights}):
+        torch.testing.assert_close(start("model.pt", content).state_dict(), weights)
+    with pytest.raises(InputError, match=r"other\.pt: expected the weights of this configuration's network"):
+        start("other.pt", {"network": torch.nn.Linear(3, 2).state_dict()})

@@ -54,6 +54,15 @@ def test_cases_of_validation_pairs_are_left_out_of_training(cohort: Path, tmp_pa
     assert names(splits["training"], "fixed") == [f"phantom_{i:03d}.nii.gz" for i in (1, 2, 3)]
 
 
+def test_every_process_has_a_pair_to_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pairs.csv").write_text("fixed,moving\n" + "".join(f"a{i}.nii,b{i}.nii\n" for i in range(6)))
+    (tmp_path / "val.csv").write_text("fixed,moving\nc.nii,d.nii\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(split_data(pairs=str(tmp_path / "pairs.csv"))["validation"]) == 2
+    with pytest.raises(InputError, match=r"val\.csv: expected a validation pair for each of 2 processes, found 1"):
+        split_data(pairs=str(tmp_path / "pairs.csv"), val_pairs=str(tmp_path / "val.csv"))
+
+
 def test_evaluation_takes_its_pairs_first(cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("fixed,moving\na.nii,b.nii\n")
     assert names(evaluation_pairs(pairs=str(tmp_path / "pairs.csv"), dataset_dir=str(cohort)), "fixed") == ["a.nii"]

@@ -110,7 +110,7 @@ def test_an_interrupted_drawing_leaves_nothing(
         with pytest.raises(InputError if isinstance(error, OSError) else type(error)) as raised:
             draw(tmp_path, count=3, size=16)
     if isinstance(error, OSError):
-        assert "expected room to write pictures, found: " in str(raised.value)
+        assert "expected room to write it, found: " in str(raised.value)
     assert list(tmp_path.iterdir()) == []
     assert len(list_pictures(draw(tmp_path, count=3, size=16))) == 3, "and the next try is not hindered"
 
@@ -132,10 +132,10 @@ def test_the_set_of_a_faster_process_is_taken(tmp_path: Path, monkeypatch: pytes
 
 def test_no_room(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"^output .*file.*: expected room to write pictures, found: "):
+    with pytest.raises(InputError, match=r"^output .*file.*: expected room to write it, found: "):
         draw_faces(tmp_path / "file", count=1, size=16)
     (tmp_path / "faces_1x16_seed0").touch()
-    with pytest.raises(InputError, match=r"^output .*faces_1x16_seed0: expected room to write pictures, found: "):
+    with pytest.raises(InputError, match=r"^output .*faces_1x16_seed0: expected room to write it, found: "):
         draw_faces(tmp_path, count=1, size=16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces_1x16_seed0", "file"]
 

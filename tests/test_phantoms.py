@@ -4,8 +4,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.phantoms import make_case, make_cohort
 
 
@@ -16,6 +18,12 @@ def test_cohort_is_made_once_and_whole(tmp_path: Path) -> None:
     assert len(written) == 6
     assert make_cohort(tmp_path, count=3, size=16) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.nii.gz")} == written
+
+
+def test_cohort_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="expected room to write it"):
+        make_cohort(tmp_path / "file" / "phantoms", count=1)
 
 
 def test_cohort_is_the_same_for_the_same_seed(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_folders_without_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hold_back", "held_out"), [(0, 0), (1, 1), (3, 3), (11, 11), (0.001, 1), (0.25, 3), (0.3, 4), (0.9, 11)]
+    ("hold_back", "held_out"), [(1, 1), (3, 3), (11, 11), (0.001, 1), (0.25, 3), (0.3, 4), (0.9, 11)]
 )
 def test_the_last_pictures_are_held_back(hold_back: float, held_out: int, tmp_path: Path) -> None:
     folder = touch(tmp_path / "set", *(f"{i}.png" for i in range(1, 13)))
@@ -155,8 +155,8 @@ def test_without_data_the_default_is_made_and_printed(tmp_path: Path, capsys: py
 
 def test_names_are_stems_but_unique(tmp_path: Path) -> None:
     folder = touch(tmp_path / "set", "a.png", "a.jpg", "a.png.jpg", "b.png", "c.d.png")
-    splits = split_pictures(folder, default=no_default, hold_back=0)
-    given = {Path(row["image"]).name: row["name"] for row in splits["training"]}
+    splits = split_pictures(folder, default=no_default, hold_back=1)
+    given = {Path(row["image"]).name: row["name"] for row in splits["training"] + splits["validation"]}
     assert len(set(given.values())) == 5
     assert given == {"a.png": "a.png", "a.jpg": "a.jpg", "a.png.jpg": "a.png.jpg", "b.png": "b", "c.d.png": "c.d"}
 
@@ -167,9 +167,9 @@ def test_names_are_stems_but_unique(tmp_path: Path) -> None:
         ({"hold_back": 4}, "more pictures than the 4 to hold back for validation, found 4"),
         ({"hold_back": 9}, "more pictures than the 9 to hold back for validation, found 4"),
         ({"hold_back": 0.99}, "more pictures than the 4 to hold back for validation, found 4"),
-        ({"hold_back": -1}, "0, a share or a number of pictures, found -1"),
-        ({"hold_back": -0.1}, "0, a share or a number of pictures, found -0.1"),
-        ({"hold_back": float("nan")}, "0, a share or a number of pictures, found nan"),
+        ({"hold_back": 0}, "a share or a number of pictures above 0, found 0"),
+        ({"hold_back": -0.1}, "a share or a number of pictures above 0, found -0.1"),
+        ({"hold_back": float("nan")}, "a share or a number of pictures above 0, found nan"),
         ({"hold_back": 1, "limit": 0}, "at least 1 picture to train on, found 0"),
         ({"hold_back": 1, "limit": -1}, "at least 1 picture to train on, found -1"),
     ],

@@ -8,7 +8,7 @@ import torch
 from monai.networks.layers import gaussian_1d, separable_filtering
 from torch.nn import functional as F
 
-from monai_rl_reg.separable import box_sum, enlarge, gradient, slopes, smooth
+from monai_rl_reg.separable import _Product, box_sum, enlarge, gradient, slopes, smooth
 
 SIZES = [(2, 3, 5, 6, 7), (2, 2, 5, 6), (1, 1, 2, 3, 4)]
 
@@ -63,3 +63,13 @@ def test_what_inference_made_serves_training_and_autocast_does_not_round() -> No
 def test_the_gradient_is_all_slopes(size: tuple[int, ...]) -> None:
     image = torch.rand(size)
     torch.testing.assert_close(gradient(image), torch.cat(slopes(image), dim=1))
+
+
+def test_a_product_in_full_precision_has_the_gradients_of_a_product() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    stacked = torch.randn(2, 4, 5, dtype=torch.double, requires_grad=True)
+    left, right = torch.randn(3, 4, dtype=torch.double), torch.randn(5, 3, dtype=torch.double)
+    assert torch.equal(_Product.apply(left, stacked), left @ stacked)
+    assert torch.autograd.gradcheck(lambda x: _Product.apply(left, x), (stacked,))
+    assert torch.autograd.gradcheck(lambda x: _Product.apply(x, right), (stacked,))
+    assert torch.backends.cuda.matmul.fp32_precision == before

@@ -145,6 +145,8 @@ def test_gram_matrix_by_hand() -> None:
     features = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])[None]
     assert gram_matrix(features).tolist() == [[[5 / 2, 1 / 2], [1 / 2, 10 / 2]]]
     assert gram_matrix(features.half()).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.float16):  # a sum over all pixels is past what fp16 holds
+        assert gram_matrix(torch.full((1, 1, 256, 256), 2.0)).item() == 4
 
 
 def test_gram_matrix_does_not_know_places_or_size() -> None:
@@ -229,6 +231,16 @@ def test_loaded_task_without_guide_needs_the_features_to_judge_alone(
     assert load_style(StyleTask(), path, feature_weights="absent.pt").observe(state).shape[1] == 6
     judging = load_style(StyleTask(), path, feature_weights=str(weights), judge=True)
     torch.testing.assert_close(judging.style_loss(state), StyleTask(features, style).style_loss(state))
+
+
+def test_another_feature_network_than_that_of_the_training_is_refused(
+    features: FeatureNetwork, weights: Path, style: Tensor, tmp_path: Path
+) -> None:
+    path = saved(StyleTask(features, style, guided=True), tmp_path)
+    others = {key: value + 0.05 * torch.randn_like(value) for key, value in torch.load(weights).items()}
+    torch.save(others, tmp_path / "others.pt")
+    with pytest.raises(InputError, match=r"model\.pt: expected the weights of \w+ that it was trained with"):
+        load_style(StyleTask(), path, feature_weights=str(tmp_path / "others.pt"))
 
 
 @pytest.mark.parametrize("content", [{"network": {}}, {"task": {}}, {"task": StyleTask().state_dict()}, [1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -69,6 +70,51 @@ def test_a_folder_of_pictures_is_a_clip(tmp_path: Path) -> None:
     clip = list_clips(tmp_path)["walk"]
     assert (len(clip), clip.rate) == (12, 24)
     torch.testing.assert_close(clip[10]["image"], pan(12)[10], atol=0.003, rtol=0)
+
+
+def test_frames_of_a_folder_have_one_size(tmp_path: Path) -> None:
+    write_picture(tmp_path / "0.png", texture(32, 48))
+    write_picture(tmp_path / "1.png", texture(32, 40))
+    with pytest.raises(InputError, match=r"one size, found 0\.png of 48 x 32 and 1\.png of 40 x 32"):
+        VideoFrames(tmp_path)
+
+
+@pytest.mark.parametrize(("matrix", "turned"), [((0, 1, -1, 0), -1), ((0, -1, 1, 0), 1), ((-1, 0, 0, -1), 2)])
+def test_a_clip_that_was_filmed_lying_is_upright(
+    matrix: tuple[int, int, int, int], turned: int, tmp_path: Path
+) -> None:
+    frames = pan(2, size=(48, 64))
+    path = tmp_path / "clip.mp4"
+    with VideoFile(path, 24) as file:
+        for frame in frames:
+            file.add(frame)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 4 + 40  # past version, times, track, duration, layer, volume
+    a, b, c, d = (value << 16 for value in matrix)
+    content[place : place + 20] = struct.pack(">5i", a, b, 0, c, d)
+    path.write_bytes(content)
+    clip = VideoFrames(path)
+    upright = torch.rot90(frames[0], turned, (1, 2))  # counterclockwise
+    assert clip.size == upright.shape[1:]
+    assert (clip[0]["image"] - upright).abs().mean() < 0.06
+
+
+def test_a_clip_that_was_cut_without_a_copy_has_the_frames_that_show(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
+    with VideoFile(whole, 24) as file:
+        for frame in pan(24):
+            file.add(frame)
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as goal:  # as ``ffmpeg -ss 0.25 -c copy`` does
+        stream = goal.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                shift = int(Fraction(1, 4) / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                goal.mux(packet)
+    clip = VideoFrames(cut)
+    assert len(clip) < 24
+    assert len([clip[i] for i in range(len(clip))]) == len(clip)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no video at all"])

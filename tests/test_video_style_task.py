@@ -96,7 +96,7 @@ def test_first_state_has_empty_memories() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 40, 32), (2, 1, 40, 32), (2, 3, 40, 30), (2, 3, 39, 32)])
 def test_reset_refuses(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"expected (images of shape|height and width to be multiples of 4)"):
+    with pytest.raises(ValueError, match=r"expected (images of shape|sizes that are multiples of 4)"):
         VideoStyleTask().reset(torch.rand(shape))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from monai_rl_reg.drawings.face import face
 from monai_rl_reg.drawings.painting import painting
 from monai_rl_reg.drawings.sheet import FINE, Array
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.folders import made_once
 from monai_rl_reg.pictures import import_extra, write_picture
 
 PHOTOGRAPHS = {
@@ -90,7 +89,7 @@ def packaged_pictures(folder: str | Path) -> Path:
             image.thumbnail((512, 512), import_extra("PIL.Image").Resampling.LANCZOS)
             image.save(inside / f"{path.stem}.png")
 
-    return _made_once(Path(folder) / "packaged", make)
+    return made_once(Path(folder) / "packaged", make)
 
 
 def packaged_style(folder: str | Path, size: int = 384, seed: int = 0) -> Path:
@@ -144,25 +143,7 @@ def draw_clip(folder: str | Path, frames: int = 24, size: tuple[int, int] = (192
             frame.paste((230, 60, 30), mask=disc.resize((width, height), image_module.Resampling.BOX))
             frame.save(inside / f"{number:05d}.png")
 
-    return _made_once(Path(folder) / f"clip_{frames}x{height}x{width}", make)
-
-
-def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return the folder; fill it first if it is not there, under another name until it is complete."""
-    folder = Path(os.path.normpath(folder))
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".drawing") as temporary:
-            inside = Path(temporary) / folder.name
-            inside.mkdir()
-            make(inside)
-            inside.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process was faster
-            raise InputError(f"output {folder}: expected room to write pictures, found: {error}") from error
-    return folder
+    return made_once(Path(folder) / f"clip_{frames}x{height}x{width}", make)
 
 
 def _drawn_once(folder: Path, count: int, draw: Callable[[int], Array]) -> Path:
@@ -172,7 +153,7 @@ def _drawn_once(folder: Path, count: int, draw: Callable[[int], Array]) -> Path:
         for number in range(count):
             write_picture(inside / f"{number:03d}.png", torch.from_numpy(draw(number)).movedim(-1, 0))
 
-    return _made_once(folder, make)
+    return made_once(folder, make)
 
 
 def _packaged_files() -> list[Path]:

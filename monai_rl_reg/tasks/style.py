@@ -213,13 +213,22 @@ def load_style(
         setattr(task, name, kept[name])
     if judge or task.guided:
         task.look(FeatureNetwork(kept["network"], weights=feature_weights), kept["style"])
+        if not all(
+            torch.allclose(task.get_buffer(name), checkpoint["task"][name], rtol=0.05, atol=1e-6)
+            for name in (f"gram_{level}" for level in range(task.levels))
+        ):
+            raise InputError(
+                f"checkpoint {path}: expected the weights of {kept['network']} that it was trained with, found others "
+                "(name their file with feature_weights)"
+            )
     return task.to(map_location)
 
 
 def gram_matrix(features: Tensor) -> Tensor:
     """Return the Gram matrices (B, C, C) of features (B, C, H, W), per pixel, in fp32."""
     x = features.float().flatten(2)
-    return x @ x.transpose(1, 2) / x.shape[2]
+    with torch.autocast(x.device.type, enabled=False):  # whose fp16 ends at 65504
+        return x @ x.transpose(1, 2) / x.shape[2]
 
 
 def _relative(x: Tensor, goal: Tensor) -> Tensor:

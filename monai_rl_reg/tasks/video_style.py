@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.features import FeatureNetwork
 from monai_rl_reg.recurrent import fold, unfold
 from monai_rl_reg.tasks.style import StyleTask
@@ -62,11 +63,15 @@ class VideoStyleTask(StyleTask):
         """Start from the content image (B, 3, H, W) with empty memories.
 
         Raises:
-            ValueError: if it has another shape, or H or W is no multiple of 4.
+            ValueError: if it has another shape.
+            InputError: if H or W is no multiple of 4.
         """
         state = super().reset(image, label)
         if image.shape[2] % 4 or image.shape[3] % 4:
-            raise ValueError(f"expected height and width to be multiples of 4, got {tuple(image.shape[2:])}")
+            size = " x ".join(map(str, image.shape[2:]))
+            raise InputError(
+                f"frames: expected sizes that are multiples of 4 (crop_size, image_size), found height x width {size}"
+            )
         empty = torch.zeros_like(state["content"][:, :1])
         return state | {"step_memory": empty, "frame_memory": empty}
 
