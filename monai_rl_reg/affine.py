@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,8 @@ def align(fixed: MetaTensor, moving: MetaTensor, *, one_modality: bool = True) -
     starts: list[tuple[str, Any]] = [("identity", identity)]
     for operation in ("GEOMETRY", "MOMENTS"):
         mode = getattr(sitk.CenteredTransformInitializerFilter, operation)
-        starts.append(("centre", _rigid(d, sitk.CenteredTransformInitializer(f, m, _rigid(d), mode))))
+        with contextlib.suppress(RuntimeError):  # an image that is black all over has no centre of mass
+            starts.append(("centre", _rigid(d, sitk.CenteredTransformInitializer(f, m, _rigid(d), mode))))
     found = [(kind, transform, score(transform)) for kind, transform in starts]
     start = max(found, key=lambda one: one[2])[1]
     rigid = _optimise(f, m, _rigid(d, start), one_modality, end=0.05)
@@ -122,7 +124,7 @@ def _rigid(d: int, start: sitk.Transform | None = None) -> Any:
 
 
 def _optimise(fixed: sitk.Image, moving: sitk.Image, start: Any, one_modality: bool, *, end: float) -> Any:
-    """Return the transform that descent by steps of 1 mm, and then ever smaller ones, comes to.
+    """Return the transform that descent by steps of 1 mm (of a voxel, if that is less), and ever smaller, comes to.
 
     The images are shrunk fourfold and then twofold: what more voxels would add is far less than the policy does.
 
@@ -131,7 +133,7 @@ def _optimise(fixed: sitk.Image, moving: sitk.Image, start: Any, one_modality: b
         moving: likewise.
         start: where to begin; changed in place.
         one_modality: as in :func:`align`.
-        end: length of the last steps in millimetres.
+        end: length of the last steps, as a share of the first.
 
     Returns:
         the transform, or None where the images lose each other.
@@ -147,8 +149,9 @@ def _optimise(fixed: sitk.Image, moving: sitk.Image, start: Any, one_modality: b
     method.SetMetricSamplingStrategy(method.NONE)
     method.SetInterpolator(sitk.sitkLinear)
     # the tolerance as ITK has it ends the descent early: near the optimum the gradient of a correlation is small
+    first = min(1.0, *fixed.GetSpacing())
     method.SetOptimizerAsRegularStepGradientDescent(
-        1.0, end, 100, relaxationFactor=0.7, gradientMagnitudeTolerance=1e-8
+        first, end * first, 100, relaxationFactor=0.7, gradientMagnitudeTolerance=1e-8
     )
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel(shrink)

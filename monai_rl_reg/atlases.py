@@ -97,6 +97,12 @@ def label_names(cases: Sequence[Case], given: str | None = None) -> dict[str, in
     return dict(sorted(names.items(), key=lambda item: item[1]))
 
 
+def has_any(case: Case, names: Mapping[str, int]) -> bool:
+    """Return whether a label map has a voxel of any of these labels."""
+    wanted = {value if case.values is None else case.values.get(name) for name, value in names.items()}
+    return not wanted.isdisjoint(_values(case))
+
+
 _known_values: dict[str, tuple[dict[str, Any], frozenset[int]]] = {}
 
 

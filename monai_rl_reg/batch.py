@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from monai_rl_reg.data import read_pairs
+from monai_rl_reg.data import read_pairs, read_table
 from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.folders import drop_leftovers
 from monai_rl_reg.nifti import replacing
 from monai_rl_reg.policy_bundle import file_stamp
 from monai_rl_reg.quality import plain
-from monai_rl_reg.registration import Registrar
+from monai_rl_reg.registration import Registrar, keep_inputs
 from monai_rl_reg.request import Options, Pair
 
 logger = logging.getLogger(__name__)
@@ -65,23 +65,17 @@ def read_jobs(path: str | Path) -> list[dict[str, str]]:
         InputError: besides that function's errors, if a name is there twice or cannot be that of a folder.
     """
     path = Path(path)
-    jobs = read_pairs(path)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        rows = list(reader)
+    jobs, rows = read_pairs(path), read_table(path)[1]
     seen: dict[str, int] = {}
-    for number, (job, row) in enumerate(zip(jobs, rows, strict=True)):
-        name = (row.get("name") or "").strip() or f"{number:04d}"
+    for number, (job, (line, row)) in enumerate(zip(jobs, rows, strict=True)):
+        name = row.get("name") or f"{number:04d}"
         if name in (".", "..") or name != Path(name).name or name == "summary.csv" or name.startswith(".summary"):
-            raise InputError(f"pairs {path}, line {number + 2}: expected the name of a folder, found {name!r}")
+            raise InputError(f"pairs {path}, line {line}: expected the name of a folder, found {name!r}")
         if name in seen:
-            raise InputError(
-                f"pairs {path}, line {number + 2}: expected another name than in line {seen[name]}: {name}"
-            )
-        seen[name] = number + 2
+            raise InputError(f"pairs {path}, line {line}: expected another name than in line {seen[name]}: {name}")
+        seen[name] = line
         job["name"] = name
-        if landmarks := (row.get("landmarks") or "").strip():
+        if landmarks := row.get("landmarks"):
             job["landmarks"] = str(path.parent / landmarks)
     return jobs
 
@@ -186,6 +180,7 @@ def _work(
 
 def _prepare(job: dict[str, str], output: Path, made_by: dict[str, Any] | None) -> Pair | dict[str, Any]:
     """Read a pair; or its quality figures, where it is complete already and ``made_by`` says how it would be now."""
+    keep_inputs(output / job["name"], *(path for role, path in job.items() if role != "name"))
     path = output / job["name"] / "quality.json"
     if made_by is not None and path.is_file():
         with contextlib.suppress(OSError, ValueError):

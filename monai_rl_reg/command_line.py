@@ -151,6 +151,8 @@ def _check(top: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         top.error("expected FIXED and MOVING, or --pairs")
     if args.pairs and (args.moving_label or args.fixed_label or args.landmarks):
         top.error("with --pairs, labels and landmarks are columns of the CSV file")
+    if args.fixed_label and not args.moving_label:
+        top.error("--fixed-label goes with --moving-label: Dice is measured between the two")
     if args.resume and not args.pairs:
         top.error("--resume goes with --pairs")
 
@@ -168,11 +170,12 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _register(args: argparse.Namespace) -> int:
     with quick_imports():  # torch and MONAI take seconds: not for --help
-        from monai_rl_reg.registration import Registrar
+        from monai_rl_reg.registration import Registrar, keep_inputs
         from monai_rl_reg.request import Options, Pair
         from monai_rl_reg.similarity import title
 
     options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial, by_label=args.by_label)
+    keep_inputs(args.output, args.fixed, args.moving, args.fixed_label, args.moving_label, args.landmarks, args.initial)
     pair = Pair.read(
         args.fixed,
         args.moving,

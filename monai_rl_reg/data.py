@@ -35,28 +35,41 @@ def read_pairs(path: str | Path) -> list[Pair]:
         InputError: if the file is missing, lacks a column, has no rows, or a row leaves a path empty.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"pairs {path}: expected a CSV file, found none")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"pairs {path}: expected a CSV file of text, found: {error}") from error
+    columns, rows = read_table(path)
     missing = [name for name in ("fixed", "moving") if name not in columns]
     if missing:
         raise InputError(f"pairs {path}: expected the columns fixed and moving, found {', '.join(columns) or 'none'}")
     if not rows:
         raise InputError(f"pairs {path}: expected at least one row below the column names, found none")
     pairs = []
-    for number, row in enumerate(rows, start=2):
-        values = {key: (row.get(key) or "").strip() for key in ("fixed", "moving", "fixed_label", "moving_label")}
+    for line, row in rows:
+        values = {key: row.get(key, "") for key in ("fixed", "moving", "fixed_label", "moving_label")}
         if not (values["fixed"] and values["moving"]):
-            raise InputError(f"pairs {path}, line {number}: expected a fixed and a moving path, found {dict(row)}")
+            raise InputError(f"pairs {path}, line {line}: expected a fixed and a moving path, found {row}")
         pairs.append({key: str(path.parent / value) for key, value in values.items() if value})
     return pairs
+
+
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a CSV file of pairs: its columns, and each row with the line that it ends in; spaces at the ends go.
+
+    Raises:
+        InputError: if there is no such file, or it is no text.
+    """
+    if not path.is_file():
+        raise InputError(f"pairs {path}: expected a CSV file, found none")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True, restkey="", restval="")
+            columns = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = columns
+            rows = [
+                (reader.line_num, {key: value.strip() for key, value in row.items() if isinstance(value, str)})
+                for row in reader
+            ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"pairs {path}: expected a CSV file of text, found: {error}") from error
+    return columns, rows
 
 
 def read_cases(folder: str | Path) -> list[Case]:

@@ -12,13 +12,13 @@ from itertools import combinations
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import ScaleIntensityRangePercentiles
 from torch import Tensor
 
 from monai_rl_reg.finishing import Correspondence, label_dtype
 from monai_rl_reg.geometry import DenseTransform
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import label_dice
+from monai_rl_reg.transforms import scale_percentiles_to_unit
 
 LEAST_WEIGHT = 1e-3
 """Of a vote: where an image is flat, and no atlas is like it or unlike it, they count alike."""
@@ -26,8 +26,7 @@ LEAST_WEIGHT = 1e-3
 
 def local_similarity(moved: Tensor, fixed: Tensor, window: int = 9) -> Tensor:
     """Return the squared local NCC around every voxel, in [0, 1], of images (1, *spatial) of any intensities."""
-    scale = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True)
-    a, b = (torch.as_tensor(scale(image))[None] for image in (moved, fixed))
+    a, b = (torch.as_tensor(scale_percentiles_to_unit(image))[None] for image in (moved, fixed))
     return -BoxLocalNormalizedCrossCorrelationLoss(moved.ndim - 1, window, reduction="none")(a, b)[0]
 
 

@@ -39,6 +39,29 @@ def from_itk(image: Any) -> tuple[np.ndarray, Tensor]:
     return array, affine
 
 
+def affine_by_itk(path: str | Path) -> Tensor | None:
+    """Return the RAS affine (4, 4) that ITK finds in the header of an image file; None where it can not."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    told = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(told)
+    d, n = reader.GetDimension(), min(reader.GetDimension(), 3)
+    direction = torch.tensor(reader.GetDirection(), dtype=torch.float64).reshape(d, d)[:n, :n]
+    lps = torch.eye(n + 1, dtype=torch.float64)
+    lps[:n, :n] = direction * torch.tensor(reader.GetSpacing()[:n], dtype=torch.float64)
+    lps[:n, n] = torch.tensor(reader.GetOrigin()[:n], dtype=torch.float64)
+    ras = flip(n) @ lps
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:n, :n], affine[:n, 3] = ras[:n, :n], ras[:n, n]
+    return affine
+
+
 def to_itk(values: Tensor, affine: Tensor, *, vectors: bool = False) -> sitk.Image:
     """Return a SimpleITK image of an image (1, *spatial) or, with ``vectors``, of RAS vectors (d, *spatial) as LPS.
 

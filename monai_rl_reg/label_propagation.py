@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_rl_reg.atlases import Case, CommonSpace
+from monai_rl_reg.atlases import Case, CommonSpace, has_any
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.fusion import disagreement, fuse, local_similarity
 from monai_rl_reg.nifti import read_image
@@ -103,14 +104,17 @@ class LabelPropagation:
         self.registrar = registrar
         self.space = space
 
-    def choose(self, image: str, cases: Sequence[Case], count: int, *, atlas: str = AUTO) -> list[tuple[Case, float]]:
+    def choose(
+        self, image: str, cases: Sequence[Case], count: int, names: Mapping[str, int], *, atlas: str = AUTO
+    ) -> list[tuple[Case, float]]:
         """Return the labelled cases that are most like an image, itself aside, with their correlation with it.
 
         Args:
             image: path.
             cases: those that have a label can be chosen.
             count: how many, at most.
-            atlas: name of the only one to choose; ``auto`` for the most similar ones.
+            names: labels to propagate, with their values.
+            atlas: name of the only one to choose; ``auto`` for the most similar ones that have any of the labels.
 
         Raises:
             InputError: if there is none.
@@ -126,7 +130,9 @@ class LabelPropagation:
                 raise InputError(f"atlas {atlas}: expected {AUTO} or another case that has a label, found none")
         with self.space.turn:
             found = [(case, self.space.correlation(image, case.image)) for case in others]
-        return sorted(found, key=lambda item: -item[1])[:count]
+        ranked = sorted(found, key=lambda item: -item[1])
+        useful = (one for one in ranked if atlas == AUTO and has_any(one[0], names))
+        return list(islice(useful, count)) or ranked[:count]
 
     def draft(
         self,
@@ -154,7 +160,7 @@ class LabelPropagation:
         """
         started = time.monotonic()
         with self.space.turn:
-            chosen = self.choose(image, cases, count, atlas=atlas)
+            chosen = self.choose(image, cases, count, names, atlas=atlas)
             votes = [self.vote(image, case, names, options) for case, _ in chosen]
         maps = [
             vote.registration.moved_label.as_tensor() for vote in votes if vote.registration.moved_label is not None
@@ -193,7 +199,7 @@ class LabelPropagation:
         Raises:
             InputError: as :meth:`draft` does.
         """
-        alone = len(self.choose(image, cases, 2)) == 1 or count == 1
+        alone = len(self.choose(image, cases, 2, names)) == 1 or count == 1
         draft = self.draft(image, cases, names, count=count, options=Options(uncertainty=ROLLOUTS if alone else 0))
         spread, inside = draft.registrations[0].uncertainty, draft.label.as_tensor() > 0
         value = float(spread.as_tensor()[inside].mean()) if spread is not None else draft.disagreement

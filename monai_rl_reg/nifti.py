@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,18 @@ from torch import Tensor
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import ras_to_lps
-from monai_rl_reg.itk_bridge import from_itk, read_series
+from monai_rl_reg.itk_bridge import affine_by_itk, from_itk, read_series
 
 VECTOR_INTENT = 1007
+MILLIMETRES = {1: 1000.0, 3: 0.001}
+"""Of a NIfTI's unit of length, by its code: metres and micrometres; whatever else is taken for millimetres."""
+LARGEST_LABEL = 2**24 - 1
+"""Up to it whole numbers are exact in fp32."""
+NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+SAME_PLACE = 0.1
+"""Voxels between two readings of a header that are one."""
+APART = "apart"
+"""Key of an image's metadata: how far from its place in ITK it lies, in millimetres, if it does."""
 
 
 def name_of(source: Any) -> str:
@@ -58,12 +67,41 @@ def read_volume(source: Any, *, spatial_dims: int | None = 3, what: str = "image
         expected = " or ".join(map(str, wanted))
         raise InputError(f"{what} {name}: expected {expected} dimensions, found shape {tuple(volume.shape)}")
     d = volume.ndim
-    if not torch.isfinite(affine).all() or any(abs(float(torch.linalg.det(affine[:n, :n]))) < 1e-9 for n in (3, d)):
+    if not torch.isfinite(affine).all() or any(_singular(affine[:n, :n]) for n in (3, d)):
         raise InputError(f"{what} {name}: expected an invertible affine, found {affine[:d, :d].tolist()}")
     bad = int((~torch.isfinite(volume)).sum())
     if bad:
         raise InputError(f"{what} {name}: expected finite voxels, found {bad:,} of {volume.numel():,} NaN or infinite")
-    return MetaTensor(volume[None], affine=affine, meta={ImageMetaKey.FILENAME_OR_OBJ: name})
+    meta: dict[Any, Any] = {ImageMetaKey.FILENAME_OR_OBJ: name}
+    if isinstance(source, str | os.PathLike) and (apart := _apart(Path(source), affine, volume.shape)) is not None:
+        meta[APART] = apart
+    return MetaTensor(volume[None], affine=affine, meta=meta)
+
+
+def place_warnings(*images: MetaTensor) -> list[str]:
+    """Return in plain words for which images two programs read two places out of one file."""
+    return [
+        f"the header of {name_of(image)} says in two ways where it lies: nibabel and MONAI, by which this result goes, "
+        f"and ITK (SimpleITK, ANTs, 3D Slicer) read places up to {image.meta[APART]:.3g} mm apart"
+        for image in images
+        if APART in image.meta
+    ]
+
+
+def _apart(path: Path, affine: Tensor, shape: Sequence[int]) -> float | None:
+    """Return how far ITK's reading of a NIfTI's place is from this one, in mm; None where they agree, or cannot."""
+    theirs = affine_by_itk(path) if path.is_file() and path.name.endswith(NIFTI) else None
+    if theirs is None:
+        return None
+    ends = [torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in (*shape, 1, 1)[:3]]
+    corners = torch.cat([torch.cartesian_prod(*ends), torch.ones(8, 1, dtype=torch.float64)], dim=1)
+    apart = float(((theirs - affine) @ corners.T)[:3].norm(dim=0).max())
+    return apart if apart > SAME_PLACE * float(affine[:3, : len(shape)].norm(dim=0).min()) else None
+
+
+def _singular(matrix: Tensor) -> bool:
+    lengths = matrix.norm(dim=0)
+    return bool((lengths == 0).any()) or abs(float(torch.linalg.det(matrix / lengths))) < 1e-6
 
 
 def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
@@ -74,7 +112,10 @@ def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
             source = read_series(path, what)  # a folder, or one of its series by number
         elif path.exists():
             volume = _load_file(path, what)
-            return volume.as_tensor(), to_affine_nd(3, volume.affine).double()  # ITK's formats give 2D a 3 x 3 one
+            unit = int(volume.meta.get("xyzt_units", 0)) & 7
+            affine = to_affine_nd(3, volume.affine).double()  # ITK's formats give 2D a 3 x 3 one
+            affine[:3] *= MILLIMETRES.get(unit, 1.0)
+            return volume.as_tensor(), affine
         else:
             raise InputError(f"{what} {path}: expected a file, found none")
     if isinstance(source, MetaTensor):
@@ -133,6 +174,8 @@ def read_label(path: Any, image: MetaTensor, image_path: Any, *, spatial_dims: i
         raise InputError(f"label {name}: expected the grid of its image {image_name}, found {found}")
     if not torch.equal(label, label.round()) or label.min() < 0:
         raise InputError(f"label {name}: expected whole numbers from 0 up, found {label_range(label)}")
+    if label.max() > LARGEST_LABEL:
+        raise InputError(f"label {name}: expected values up to {LARGEST_LABEL:,}, found one of {int(label.max()):,}")
     if not label.any():
         raise InputError(f"label {name}: expected at least one labelled voxel, found only background")
     return label

@@ -21,7 +21,7 @@ from monai_rl_reg.folders import replacing_folder
 from monai_rl_reg.initial import initial_transform
 from monai_rl_reg.itk_bridge import write_transform
 from monai_rl_reg.landmarks import Landmarks
-from monai_rl_reg.nifti import name_of, write_displacement, write_image
+from monai_rl_reg.nifti import name_of, place_warnings, write_displacement, write_image
 from monai_rl_reg.policy_bundle import PolicyBundle, policy_files
 from monai_rl_reg.quality import dice_figures, field_figures, plain, versions, warnings_about
 from monai_rl_reg.request import Options, Pair
@@ -87,14 +87,14 @@ class Registration:
         """Write all results into a folder; they appear together, in place of those of an earlier run.
 
         Args:
-            folder: where to; what else lies there stays.
+            folder: where to; what else lies there stays, and of the earlier run's what its ``quality.json`` names goes.
             tfm: also write the transform as text, ``transform.tfm``.
             report: also write ``report.html``.
 
         Raises:
             InputError: if the folder cannot be made or written to.
         """
-        with replacing_folder(folder, FILES) as staging:
+        with replacing_folder(folder, _written_before(Path(folder))) as staging:
             affine = self.fixed.affine
             images = {"moved": self.moved, "moved_label": self.moved_label, "uncertainty": self.uncertainty}
             for name, image in images.items():
@@ -114,6 +114,30 @@ class Registration:
             written = sorted({"quality.json", *(file.name for file in staging.iterdir())})
             text = json.dumps(plain(self.quality | {"files": written}), indent=2, ensure_ascii=False)
             (staging / "quality.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _written_before(folder: Path) -> set[str]:
+    """The files of an earlier run: those that its ``quality.json`` names."""
+    try:
+        quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+        return FILES & {str(name) for name in quality["files"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
+def keep_inputs(folder: str | Path, *paths: Any) -> None:
+    """Check that what is given is not what :meth:`Registration.save` would replace in a folder.
+
+    Raises:
+        InputError: if it is.
+    """
+    folder = Path(folder).resolve()
+    for path in paths:
+        if isinstance(path, str | Path) and Path(path).name in FILES and Path(path).resolve().parent == folder:
+            raise InputError(
+                f"output {folder}: expected a folder whose results are none of what is given, found {path}, which "
+                "would be replaced"
+            )
 
 
 class Registrar:
@@ -225,7 +249,7 @@ class Registrar:
         if options.by_label:
             quality["by_label"] = {str(structure): value for structure, value in sorted(working.recognised.items())}
         quality |= {"uncertainty_rollouts": options.uncertainty, "bundle": bundle.version(), "ckpt": bundle.ckpt}
-        quality["warnings"] = warnings_about(quality)
+        quality["warnings"] = warnings_about(quality) + place_warnings(pair.fixed, pair.moving)
         for text in quality["warnings"]:
             logger.warning("%s: %s", quality["moving"], text)
         quality |= {"seconds": round(time.monotonic() - started, 3), "versions": versions()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Options:
         whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
         if not (self.steps in (None, "auto") or (whole and int(self.steps or 0) >= 0)):
             raise InputError(f"steps: expected a whole number from 0 up, or auto, found {self.steps!r}")
-        if not self.refine >= 0:
+        if not 0 <= self.refine < math.inf:
             raise InputError(f"refine: expected a number of seconds from 0 up, found {self.refine!r}")
         if self.uncertainty < 0 or self.uncertainty == 1:
             raise InputError(f"uncertainty: expected 0, or at least 2 rollouts, found {self.uncertainty!r}")

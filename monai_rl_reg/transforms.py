@@ -6,8 +6,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Transform
+from monai.transforms import MapTransform, ScaleIntensity, ScaleIntensityRange, Transform
+from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
@@ -53,6 +55,32 @@ class LoadCased(Transform):
             runs = torch.unique_consecutive(case["label"].as_tensor().flatten())  # far fewer to sort than voxels
             case["values"] = [int(v) for v in torch.unique(runs) if v > 0]
         return case
+
+
+def scale_percentiles_to_unit(image: Tensor, lower: float = 0.5, upper: float = 99.5) -> Tensor:
+    """Return an image with two percentiles of its intensities brought to 0 and 1, and what lies beyond them clipped.
+
+    Where both are one value, for the image is nearly everywhere that, its smallest and largest one take their place:
+    MONAI's own transform leaves such an image as it is.
+    """
+    low, high = (float(percentile(image, q)) for q in (lower, upper))
+    same = low == high
+    scale = ScaleIntensity(0.0, 1.0) if same else ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)
+    return convert_to_tensor(scale(image), track_meta=isinstance(image, MetaTensor))
+
+
+class ScalePercentilesToUnitd(MapTransform):
+    """:func:`scale_percentiles_to_unit` of the images under some keys."""
+
+    def __init__(self, keys: KeysCollection, lower: float = 0.5, upper: float = 99.5) -> None:
+        super().__init__(keys)
+        self.lower = lower
+        self.upper = upper
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the dictionary with the images scaled."""
+        scaled = {key: scale_percentiles_to_unit(data[key], self.lower, self.upper) for key in self.key_iterator(data)}
+        return dict(data) | scaled
 
 
 class MovingToFixedGridd(Transform):

@@ -18,6 +18,7 @@ from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import WorldTransform, carry, reduced, transform_points, world_box
 from monai_rl_reg.nifti import name_of
 from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.tasks.registration import LEAST_SIZE
 
 MOST_VOXELS = 3_000_000
 """A working grid of more voxels would take too much memory: it gets a coarser spacing instead."""
@@ -101,7 +102,8 @@ class GivenPair:
         self.coarsened = spacing is not None
         transform = bundle.case_transform
         if spacing is not None:
-            transform = bundle.case_transform_to(None)
+            coarse = None if pixdim is None else [max(size, spacing) for size in _each(pixdim, fixed.ndim - 1)]
+            transform = bundle.case_transform_to(coarse)
         elif pixdim is not bundle.pixdim:
             transform = bundle.case_transform_to(pixdim)
         self.cases: dict[str, dict[str, MetaTensor]] = {}
@@ -112,6 +114,14 @@ class GivenPair:
                 if "label" in volumes and not (volumes["label"] > 0).any():  # too small for this grid
                     del volumes["label"]
             self.cases[role] = transform(volumes)
+        grid = self.cases["fixed"]["image"]
+        if min(grid.shape[1:]) < LEAST_SIZE:
+            sizes = " x ".join(f"{size:.3g}" for size in _spacing(grid))
+            raise InputError(
+                f"fixed image {name_of(fixed)}: expected at least {LEAST_SIZE} voxels in every direction where the "
+                f"policy works, found {' x '.join(map(str, grid.shape[1:]))} of {sizes} mm, the size it was trained at "
+                "or the image's own"
+            )
         self.labelled = all("label" in case for case in self.cases.values())
         self.by_label = by_label and "label" in self.cases["moving"]
         self._looks: dict[Any, Tensor] = {}
@@ -229,7 +239,7 @@ def _too_fine(fixed: MetaTensor, pixdim: Any, most: int) -> float | None:
     d = fixed.ndim - 1
     shape, own = _along_ras(fixed)
     extent = [n * s for n, s in zip(shape, own, strict=True)]
-    wanted = own if pixdim is None else [float(pixdim)] * d if isinstance(pixdim, int | float) else list(pixdim)
+    wanted = own if pixdim is None else _each(pixdim, d)
 
     def voxels(spacing: float) -> float:
         count = 1.0
@@ -244,6 +254,10 @@ def _too_fine(fixed: MetaTensor, pixdim: Any, most: int) -> float | None:
         middle = (low + high) / 2
         low, high = (middle, high) if voxels(middle) > most else (low, middle)
     return high
+
+
+def _each(pixdim: Any, d: int) -> list[float]:
+    return [float(pixdim)] * d if isinstance(pixdim, int | float) else list(pixdim)
 
 
 def _coarsen(volume: MetaTensor, spacing: float, key: str) -> MetaTensor:

@@ -143,3 +143,21 @@ def test_brains_moved_apart_come_together_as_well_as_in_place(fixed: int, moving
     assert dice(found, m_label) > max(0.35, in_place - 0.01)
     chosen, figures = initial_transform(GivenPair(PolicyBundle(device="cpu"), f, m), "auto")
     assert torch.equal(chosen, found), figures  # a policy that knows no brains gives nothing up
+
+
+@pytest.mark.parametrize("size", [1.0, 0.02])
+def test_a_motion_is_found_whatever_the_voxel_size(phantom: MetaTensor, size: float) -> None:
+    scaling = torch.diag(torch.tensor([size, size, size, 1.0], dtype=torch.float64))
+    small = MetaTensor(phantom.as_tensor(), affine=scaling @ phantom.affine.double())
+    angle = torch.eye(4, dtype=torch.float64)
+    angle[:2, :2] = torch.tensor([[0.92, -0.392], [0.392, 0.92]], dtype=torch.float64)
+    centre = small.affine.double() @ torch.tensor([*((n - 1) / 2 for n in phantom.shape[1:]), 1], dtype=torch.float64)
+    angle[:3, 3] = centre[:3] - angle[:3, :3] @ centre[:3]
+    moved = MetaTensor(phantom.as_tensor(), affine=angle @ small.affine.double())
+    assert align(small, moved).correlation_after > 0.95
+
+
+def test_a_black_image_does_not_fail(phantom: MetaTensor) -> None:
+    dark = torch.ones_like(phantom.as_tensor())
+    dark[0, 0, 0, 0] = 0
+    align(phantom, MetaTensor(dark, affine=phantom.affine))

@@ -208,6 +208,15 @@ def test_bad_names(name: str, words: str, pairs: Path) -> None:
     assert f"{pairs}, line 4" in str(raised.value)
 
 
+def test_spaces_quotes_and_blank_lines_are_read_alike(pairs: Path) -> None:
+    pairs.write_text('fixed, "moving", name\n\na.nii, "b, c.nii", "one"\n\nd.nii,,two\n')
+    with pytest.raises(InputError, match=r"pairs\.csv, line 5: expected a fixed and a moving path"):
+        read_jobs(pairs)
+    pairs.write_text(pairs.read_text().replace("d.nii,,two\n", ""))
+    (job,) = read_jobs(pairs)
+    assert job == {"fixed": f"{pairs.parent}/a.nii", "moving": f"{pairs.parent}/b, c.nii", "name": "one"}
+
+
 def test_landmarks_are_a_column(pairs: Path) -> None:
     pairs.write_text("fixed,moving,landmarks\n0.nii.gz,1.nii.gz,points.csv\n")
     assert read_jobs(pairs)[0]["landmarks"] == str(pairs.parent / "points.csv")

@@ -106,6 +106,7 @@ def test_help_is_quick_and_tells_all() -> None:
         ["register", "a.nii.gz", "b.nii.gz", "--output", "out", "--steps", "3", "--stop", "auto"],
         ["register", "a.nii.gz", "b.nii.gz", "--output", "out", "--steps", "few"],
         ["register", "--pairs", "p.csv", "--output", "out", "--moving-label", "l.nii.gz"],
+        ["register", "a.nii.gz", "b.nii.gz", "--output", "out", "--fixed-label", "l.nii.gz"],
     ],
 )
 def test_a_wrong_command_has_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

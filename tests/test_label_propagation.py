@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from monai_rl_reg.atlases import Case, CommonSpace
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.label_propagation import LabelPropagation
 from monai_rl_reg.metrics import mean_label_dice
-from monai_rl_reg.nifti import read_image, read_label
+from monai_rl_reg.nifti import read_image, read_label, write_image
 from monai_rl_reg.request import Options
 
 NAMES = {f"label_{i}": i for i in range(1, 5)}
@@ -57,7 +58,7 @@ def test_the_most_similar_case_is_chosen_and_the_image_itself_never(
     propagation: LabelPropagation, cohort: Path
 ) -> None:
     cases = cases_of(cohort)
-    found = propagation.choose(cases[0].image, cases, 6)
+    found = propagation.choose(cases[0].image, cases, 6, NAMES)
     assert len(found) == 5
     assert cases[0].name not in [case.name for case, _ in found]
     assert [value for _, value in found] == sorted((value for _, value in found), reverse=True)
@@ -69,6 +70,22 @@ def test_only_the_asked_label_is_propagated(propagation: LabelPropagation, cohor
     assert draft.label.unique().tolist() == [0, 3]
     with pytest.raises(InputError, match="expected the label liver"):
         propagation.draft(cases[1].image, cases, {"liver": 9}, options=QUICK)
+
+
+def test_an_atlas_without_the_asked_label_is_passed_over(
+    propagation: LabelPropagation, cohort: Path, tmp_path: Path
+) -> None:
+    cases = cases_of(cohort, labelled=3)
+    nearest = propagation.choose(cases[5].image, cases, 1, NAMES)[0][0]
+    image = read_image(nearest.image)
+    label = read_label(nearest.label, image, nearest.image)
+    write_image(tmp_path / "label.nii.gz", label.as_tensor().clamp(max=1).int(), label.affine)
+    cases = [replace(case, label=str(tmp_path / "label.nii.gz")) if case == nearest else case for case in cases]
+    draft = propagation.draft(cases[5].image, cases, {"label_3": 3}, count=2, options=QUICK)
+    assert len(draft.atlases) == 2
+    assert nearest.name not in draft.atlases
+    with pytest.raises(InputError, match="expected the label label_3"):
+        propagation.draft(cases[5].image, cases, {"label_3": 3}, atlas=nearest.name, options=QUICK)
 
 
 @pytest.mark.parametrize(("labelled", "atlas", "count"), [(0, "auto", 1), (1, "nobody", 1), (1, "auto", 0)])

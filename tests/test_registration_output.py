@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 
 from monai_rl_reg import folders
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.registration import FILES, Registration
+from monai_rl_reg.registration import FILES, Registration, keep_inputs
 
 
 def test_all_files_are_there(registration_folder: Path) -> None:
@@ -108,7 +109,7 @@ def test_the_working_directory_can_be_the_output(
     registration: Registration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "transform.tfm").write_text("of an earlier run")
+    registration.save(".", tfm=True)
     registration.save(".")
     assert {path.name for path in tmp_path.iterdir()} == FILES - {"transform.tfm", "report.html"}
 
@@ -179,3 +180,21 @@ def test_an_output_that_is_a_file(registration: Registration, tmp_path: Path) ->
     with pytest.raises(InputError, match="expected a folder that can be written to"):
         registration.save(tmp_path / "out")
     assert (tmp_path / "out").read_text(encoding="utf-8") == "in the way"
+
+
+def test_a_file_of_the_user_s_with_a_result_s_name_stays(registration: Registration, tmp_path: Path) -> None:
+    (tmp_path / "landmarks.csv").write_text("mine")
+    (tmp_path / "report.html").write_text("mine too")
+    without = replace(registration, landmarks=None)
+    for _ in range(2):
+        without.save(tmp_path)
+        assert (tmp_path / "landmarks.csv").read_text() == "mine"
+        assert (tmp_path / "report.html").read_text() == "mine too"
+
+
+def test_what_is_given_is_not_replaced(oblique_files: dict[str, str], tmp_path: Path) -> None:
+    given = shutil.copy(oblique_files["moving"], tmp_path / "moved.nii.gz")
+    keep_inputs(tmp_path, oblique_files["fixed"], tmp_path / "image.nii.gz", None, "auto")
+    keep_inputs(tmp_path / "out", given)
+    with pytest.raises(InputError, match=r"none of what is given, found .*moved\.nii\.gz, which would be replaced"):
+        keep_inputs(tmp_path, oblique_files["fixed"], str(given))

@@ -13,12 +13,18 @@ import torch
 from conftest import CONFIGS
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Spacingd
+from monai.transforms import ScaleIntensityRangePercentiles, Spacingd
 from oblique_pair import oblique
 from torch.nn import functional as F
 
 from monai_rl_reg.handlers import write_result
-from monai_rl_reg.transforms import FinishOnFixedGridd, LoadCased, MovingToFixedGridd
+from monai_rl_reg.transforms import (
+    FinishOnFixedGridd,
+    LoadCased,
+    MovingToFixedGridd,
+    ScalePercentilesToUnitd,
+    scale_percentiles_to_unit,
+)
 
 
 def textured(shape: tuple[int, ...], affine: np.ndarray, seed: int) -> np.ndarray:
@@ -164,3 +170,13 @@ def test_size_is_cropped_or_padded_about_the_centre() -> None:
     assert torch.equal(out["image"][0], out["image"][1])
     assert torch.allclose(out["image"].as_tensor()[0, :, 2:8], image.as_tensor()[0, 2:7], atol=1e-6)
     assert out["image"].affine[:3, 3].tolist() == [2, -2, 0]
+
+
+def test_an_image_that_is_nearly_everywhere_the_same_is_scaled_too() -> None:
+    image = torch.rand(1, 20, 20, 20) * 900 + 50
+    usual = ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(image)
+    torch.testing.assert_close(scale_percentiles_to_unit(image), usual)
+    spots = torch.full((1, 20, 20, 20), -7.0)
+    spots[0, 3:5, 3:5, 3:5] = torch.rand(2, 2, 2) * 9e5
+    scaled = ScalePercentilesToUnitd("image")({"image": spots, "file": "x"})
+    assert (float(scaled["image"].min()), float(scaled["image"].max()), scaled["file"]) == (0.0, 1.0, "x")

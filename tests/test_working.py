@@ -9,6 +9,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_rl_reg.checkpoints import load_checkpoint, voxel_size_in
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.nifti import read_image
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.working import ANOTHER_SIZE, GivenPair
@@ -119,3 +120,24 @@ def test_a_label_of_something_else_is_not_gone_by(
     found = GivenPair(bundle, *images, moving_label=label.roll(8, -1), by_label=True).onto_fixed(HERE)
     assert found.recognised == {}
     torch.testing.assert_close(found.structures, seen.structures)
+
+
+def test_large_images_with_coarse_voxels_are_resampled_as_far_as_there_is_room(
+    images: list[MetaTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = PolicyBundle(device="cpu")
+    bundle.voxel_size = (spacing(images[0]) * torch.tensor([1.0, 1.0, 0.5])).tolist()  # the slices are thick
+    whole = GivenPair(bundle, *images).onto_fixed(HERE)
+    monkeypatch.setattr("monai_rl_reg.working.MOST_VOXELS", int(0.8 * whole.image[0].numel()))
+    working = GivenPair(bundle, *images).onto_fixed(HERE)
+    assert working.coarsened
+    sizes = spacing(working.image)
+    assert working.image[0].numel() < 0.9 * whole.image[0].numel()
+    assert sizes[2] < 0.9 * spacing(images[0])[2], "the slices too are brought nearer to the training's size"
+
+
+def test_an_image_of_a_few_voxels_at_the_training_s_size_is_named(images: list[MetaTensor]) -> None:
+    bundle = PolicyBundle(device="cpu")
+    bundle.voxel_size = (15 * spacing(images[0])).tolist()
+    with pytest.raises(InputError, match=r"fixed image .*: expected at least 4 voxels .*, found \d x \d x \d of"):
+        GivenPair(bundle, *images)

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+import torch
 from monai.data import MetaTensor
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
@@ -14,12 +15,13 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.transform.writer import Writer
 
+from monai_rl_reg.atlases import Case
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.label_app.workspace import DOUBT, Workspace
 from monai_rl_reg.label_propagation import AUTO
 from monai_rl_reg.label_training import LATEST, SCRATCH, train
 from monai_rl_reg.metrics import mean_label_dice
-from monai_rl_reg.nifti import read_image, read_volume
+from monai_rl_reg.nifti import read_image
 from monai_rl_reg.quality import plain
 from monai_rl_reg.request import Options, Pair
 
@@ -97,7 +99,13 @@ class LabelPropagationTask(_Task):
             options=self.options(request),
         )
         files = draft.save(self.workspace.results(request), report=bool(request.get("report", False)))
-        return self.write(draft.label, request, draft.figures() | {"label_names": names, "files": files})
+        # 3D Slicer takes the names in the order of their values, and the map's values for 1, 2, ... in that order
+        numbers = {name: number for number, name in enumerate(sorted(names, key=lambda n: names[n]), start=1)}
+        numbered = torch.zeros_like(draft.label.as_tensor())
+        for name, number in numbers.items():
+            numbered[draft.label.as_tensor() == names[name]] = number
+        sent = MetaTensor(numbered, affine=draft.label.affine)
+        return self.write(sent, request, draft.figures() | {"label_names": numbers, "files": files})
 
 
 class RegistrationTask(_Task):
@@ -214,8 +222,10 @@ class DraftDice(ScoringMethod):  # type: ignore[misc]
             if not draft:
                 continue
             try:
-                final = case.read_label(read_image(case.image, spatial_dims=None), names)
-                dice = mean_label_dice(read_volume(draft, spatial_dims=None).as_tensor()[None], final.as_tensor()[None])
+                image = read_image(case.image, spatial_dims=None)
+                numbers = datastore.get_label_info(case.name, ORIGINAL).get("label_names")
+                first = Case(case.name, case.image, draft, numbers or None).read_label(image, names)
+                dice = mean_label_dice(first.as_tensor()[None], case.read_label(image, names).as_tensor()[None])
             except (InputError, ValueError, RuntimeError) as error:
                 logger.warning("dice of %s: %s", case.name, error)
                 continue

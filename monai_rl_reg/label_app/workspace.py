@@ -124,7 +124,7 @@ class Workspace:
                 continue
             try:
                 path = self.case(image).image
-                chosen = propagation.choose(path, labelled, ATLASES)
+                chosen = propagation.choose(path, labelled, ATLASES, names)
                 files = [str(weights), *(str(case.label) for case, _ in chosen)]
                 key = [[file, Path(file).stat().st_mtime if Path(file).exists() else 0] for file in files]
                 if known.get("of") != key:

@@ -24,6 +24,8 @@ from monai_rl_reg.similarity import LocalNCC, Similarity
 from monai_rl_reg.tasks.task import Act, State, Task
 from monai_rl_reg.warping import Warp
 
+LEAST_SIZE = 4
+"""Voxels of an image in every direction."""
 FOLD_MARGIN = 0.1
 """Jacobian determinants under this one are what ``fold_weight`` pushes up."""
 RELAXED_LENGTH = 0.5
@@ -138,8 +140,10 @@ class RegistrationTask(Task):
         if image.ndim != self.spatial_dims + 2 or image.shape[1] != 2:
             expected = f"(B, 2, {', '.join('XYZ'[: self.spatial_dims])})"
             raise ValueError(f"expected image (fixed, moving) of shape {expected}, got {tuple(image.shape)}")
-        if min(image.shape[2:]) < 4:
-            raise InputError(f"expected images of at least 4 voxels in every direction, found {tuple(image.shape[2:])}")
+        if min(image.shape[2:]) < LEAST_SIZE:
+            raise InputError(
+                f"expected images of at least {LEAST_SIZE} voxels in every direction, found {tuple(image.shape[2:])}"
+            )
         if label is not None and label.shape != image.shape:
             raise ValueError(f"expected labels of the images' shape {tuple(image.shape)}, got {tuple(label.shape)}")
         fixed, moving = image[:, :1].float(), image[:, 1:].float()

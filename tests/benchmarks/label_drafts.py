@@ -59,7 +59,7 @@ def drafts(propagation: LabelPropagation, atlases: list[Case], targets: list[Cas
     """Return mean and smallest Dice for every number of atlases."""
     found: dict[int, list[float]] = {count: [] for count in COUNTS}
     for target in targets:
-        chosen = propagation.choose(target.image, atlases, max(COUNTS))
+        chosen = propagation.choose(target.image, atlases, max(COUNTS), NAMES)
         votes = [propagation.vote(target.image, case, NAMES) for case, _ in chosen]
         for count in COUNTS:
             found[count].append(dice(target, votes[:count]))
@@ -89,7 +89,7 @@ def curve(propagation: LabelPropagation, cases: list[Case], output: Path) -> Non
 
     def votes(target: str, labelled: list[str]) -> list[Vote]:
         known = [by_name[name] for name in labelled]
-        return [vote(target, case.name) for case, _ in propagation.choose(by_name[target].image, known, ATLASES)]
+        return [vote(target, case.name) for case, _ in propagation.choose(by_name[target].image, known, ATLASES, NAMES)]
 
     def doubt(target: str, labelled: list[str]) -> float:
         if len(labelled) < 2:  # the app takes the uncertainty then
