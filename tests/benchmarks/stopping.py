@@ -134,6 +134,12 @@ def main() -> None:
             note(rule, least, *np.array([stops(curve, measure, least, most) for curve in curves]).T)
     for price in (0.0005, 0.001, 0.002, 0.004, 0.008):
         note("true Dice, which nobody knows", price, (dice - price * np.arange(total + 1))[:, : most + 1].argmax(1))
+    if bundle.critic is not None:
+        expected = np.array([[point["value"] for point in curve] for curve in curves])[:, :most]
+        came = dice[:, most, None] - dice[:, :most]
+        print(f"before each step, what the critic expects of all to come, and what came by step {most}:")
+        print(pd.DataFrame({"expected": expected.mean(0), "came": came.mean(0)}).round(4).to_string())
+        print(f"correlation over all pairs and steps: {np.corrcoef(expected.ravel(), came.ravel())[0, 1]:.3f}")
     table = pd.DataFrame(rows)
     table["saved"] = 1 - table["steps"] / table["fixed needs"]
     arguments.output.mkdir(parents=True, exist_ok=True)
