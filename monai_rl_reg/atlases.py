@@ -47,7 +47,10 @@ class Case:
         Raises:
             InputError: if it cannot be read, or is not on the image's grid.
         """
-        label = read_label(self.label, image, self.image, spatial_dims=image.ndim - 1)
+        return self.renumbered(read_label(self.label, image, self.image, spatial_dims=image.ndim - 1), names)
+
+    def renumbered(self, label: MetaTensor, names: Mapping[str, int]) -> MetaTensor:
+        """Return a label map (1, *spatial) of this case's values with those that ``names`` gives; others become 0."""
         renumbered = torch.zeros_like(label.as_tensor())
         for name, value in names.items():
             own = value if self.values is None else self.values.get(name)

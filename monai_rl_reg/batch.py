@@ -122,6 +122,8 @@ def register_pairs(
         _drop_shares(output, rank, world)
         given = asdict(options) | {"initial": _named(options.initial)}
         made_by = {"options": given, "save": save, "weights": registrar.made_by()}
+        for job in jobs:
+            keep_inputs(output / job["name"], options.initial)
         if isinstance(options.initial, str | Path) and Path(options.initial).is_file():
             made_by["initial"] = file_stamp(options.initial)
         work = _work(jobs[rank::world], output, registrar, options, resume, save, made_by)

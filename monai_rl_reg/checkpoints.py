@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import re
@@ -21,6 +22,7 @@ from torch import Tensor
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.nifti import replacing
 
+NUMBERED = re.compile(r"checkpoint_epoch=(\d+)\.pt")
 LEFTOVER = re.compile("tmp[a-z0-9_]{8}")
 """Names of the files that a killed save leaves, which Python's ``tempfile`` chose."""
 
@@ -178,7 +180,8 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
             folder.rename(aside)
             print(f"Moved the earlier run in {folder} to {aside}")
         folder.mkdir(parents=True, exist_ok=True)
-        for outdated in sorted(folder.glob("checkpoint_epoch=*.pt"), key=_epoch)[:-2]:
+        of_epochs = [path for path in folder.glob("checkpoint_epoch=*.pt") if NUMBERED.fullmatch(path.name)]
+        for outdated in sorted(of_epochs, key=_epoch)[:-2]:
             outdated.unlink()  # the process that saved them is gone, and with it its count of what to keep
         for path in folder.iterdir():
             if LEFTOVER.fullmatch(path.name) and path.is_file():
@@ -203,12 +206,16 @@ def latest_checkpoint(output_dir: str) -> str | None:
 
 
 def _epoch(path: Path) -> float:
-    """Return after how many epochs a checkpoint was saved: a folder's copy has other times, in the names' order."""
-    named = re.fullmatch(r"checkpoint_epoch=(\d+)\.pt", path.name)
-    if named:
+    """Return after how many epochs a checkpoint was saved: a folder's copy has other times, in the names' order.
+
+    A file that cannot be read or is of no training comes before all others.
+    """
+    if named := NUMBERED.fullmatch(path.name):
         return int(named[1])
-    trainer = load_checkpoint(str(path)).get("trainer", {})
-    return float(trainer.get("iteration", 0)) / max(1, trainer.get("epoch_length", 1))
+    with contextlib.suppress(InputError, TypeError, KeyError, IndexError):
+        trainer = load_checkpoint(str(path))["trainer"]
+        return float(trainer["iteration"] / trainer["epoch_length"])
+    return -1.0
 
 
 def load_policy(

@@ -33,13 +33,18 @@ class TrainingProgress:
     Args:
         evaluator: the validation evaluator whose metrics are shown after each validation.
         metrics: names of its metrics to show.
+        time: of a training by minutes: the bar's end is told by the share of them that has gone.
     """
 
     def __init__(
-        self, evaluator: Engine | None = None, metrics: Sequence[str] = ("dice_before", "dice", "similarity")
+        self,
+        evaluator: Engine | None = None,
+        metrics: Sequence[str] = ("dice_before", "dice", "similarity"),
+        time: TrainingTime | None = None,
     ) -> None:
         self.evaluator = evaluator
         self.metrics = metrics
+        self.time = time
         self.bar: tqdm | None = None
         self.shown: dict[str, str] = {}
         self.figures: dict[str, str] = {}
@@ -48,13 +53,14 @@ class TrainingProgress:
         """Follow this trainer, and the evaluator if one was given."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iterate)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._estimate)
         engine.add_event_handler(Events.COMPLETED, self._close)
         engine.add_event_handler(Events.TERMINATE, self._close)
         if self.evaluator is not None:
             self.evaluator.add_event_handler(Events.COMPLETED, self._validated)
 
     def _start(self, engine: Engine) -> None:
-        total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0)
+        total = (engine.state.max_epochs or 0) * (engine.state.epoch_length or 0) if self._by_epochs() else None
         self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="it", dynamic_ncols=True)
 
     def _iterate(self, engine: Engine) -> None:
@@ -65,6 +71,13 @@ class TrainingProgress:
         self.shown = {key: f"{value:.3f}" for key, value in figures.items() if np.isfinite(value)}
         self.bar.set_postfix(self.shown | self.figures, refresh=False)
         self.bar.update()
+
+    def _by_epochs(self) -> bool:
+        return self.time is None or self.time.minutes is None
+
+    def _estimate(self, engine: Engine) -> None:
+        if self.bar is not None and self.time is not None and not self._by_epochs():
+            self.bar.total = round(engine.state.iteration / self.time.progress())
 
     def _validated(self, engine: Engine) -> None:
         self.figures = {n: f"{engine.state.metrics[n]:.4f}" for n in self.metrics if n in engine.state.metrics}

@@ -95,7 +95,7 @@ def _apart(path: Path, affine: Tensor, shape: Sequence[int]) -> float | None:
         return None
     ends = [torch.tensor([0.0, n - 1.0], dtype=torch.float64) for n in (*shape, 1, 1)[:3]]
     corners = torch.cat([torch.cartesian_prod(*ends), torch.ones(8, 1, dtype=torch.float64)], dim=1)
-    apart = float(((theirs - affine) @ corners.T)[:3].norm(dim=0).max())
+    apart = float(((theirs - affine) @ corners.T)[: len(shape)].norm(dim=0).max())  # a picture has no height in ITK
     return apart if apart > SAME_PLACE * float(affine[:3, : len(shape)].norm(dim=0).min()) else None
 
 
@@ -112,14 +112,11 @@ def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
             source = read_series(path, what)  # a folder, or one of its series by number
         elif path.exists():
             volume = _load_file(path, what)
-            unit = int(volume.meta.get("xyzt_units", 0)) & 7
-            affine = to_affine_nd(3, volume.affine).double()  # ITK's formats give 2D a 3 x 3 one
-            affine[:3] *= MILLIMETRES.get(unit, 1.0)
-            return volume.as_tensor(), affine
+            return volume.as_tensor(), _millimetres(volume)  # ITK's formats give 2D a 3 x 3 affine
         else:
             raise InputError(f"{what} {path}: expected a file, found none")
     if isinstance(source, MetaTensor):
-        affine = to_affine_nd(3, source.affine).double()
+        affine = _millimetres(source)
         if source.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS:
             affine = torch.diag(ras_to_lps(torch.ones(4, dtype=torch.float64))) @ affine
         whole = source.as_tensor().detach().cpu().float()
@@ -127,13 +124,22 @@ def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
     if isinstance(source, SpatialImage):
         if source.affine is None:
             raise InputError(f"{what} {name}: expected an image with an affine, found none")
-        return torch.from_numpy(np.array(source.dataobj, dtype=np.float32)), torch.from_numpy(source.affine).double()
+        units = source.header.get("xyzt_units", 0) if isinstance(source, nib.Nifti1Pair) else 0
+        values = np.array(source.dataobj, dtype=np.float32)
+        return torch.from_numpy(values), _millimetres(MetaTensor(0, affine=source.affine, meta={"xyzt_units": units}))
     if hasattr(source, "GetDirection") and hasattr(source, "GetSpacing"):
         array, affine = from_itk(source)
         return torch.from_numpy(np.array(array, dtype=np.float32)), affine
     raise InputError(
         f"{what} {name}: expected a path or an image of nibabel, SimpleITK, ITK or MONAI, found one without an affine"
     )
+
+
+def _millimetres(image: MetaTensor) -> Tensor:
+    """Return the affine (4, 4), in the unit that a NIfTI's header names, in millimetres."""
+    affine = to_affine_nd(3, image.affine).double()
+    affine[:3] *= MILLIMETRES.get(int(image.meta.get("xyzt_units", 0)) & 7, 1.0)
+    return affine
 
 
 def _load_file(path: Path, what: str) -> MetaTensor:
@@ -168,6 +174,10 @@ def read_label(path: Any, image: MetaTensor, image_path: Any, *, spatial_dims: i
     """
     label = read_volume(path, spatial_dims=spatial_dims, what="label")
     name, image_name = name_of(path), name_of(image_path)
+    for factor in MILLIMETRES.values():  # a label map that does not name its unit has its image's
+        scaled = torch.diag(torch.tensor([factor] * 3 + [1.0], dtype=torch.float64)) @ label.affine
+        if torch.allclose(scaled, image.affine, atol=1e-4 * float(image.affine.abs().max()), rtol=0):
+            label.affine = scaled
     if label.shape != image.shape or not torch.allclose(label.affine, image.affine, atol=1e-2, rtol=0):
         same = label.shape == image.shape
         found = "another affine" if same else f"shape {tuple(label.shape[1:])} instead of {tuple(image.shape[1:])}"

@@ -73,7 +73,7 @@ class VideoFrames(Dataset[dict[str, Any]]):
                 # what is done with the frames.
                 for self.count, frame in enumerate(container.decode(stream), start=1):
                     if self.count == 1:
-                        self.size = _upright(frame.to_ndarray(format="rgb24"), frame.rotation).shape[:2]
+                        self.size = _upright(frame).shape[:2]
         except Exception as error:
             raise InputError(
                 f"video {self.path}: expected a video that can be read, found {self.path.stat().st_size:,} bytes that "
@@ -104,13 +104,14 @@ class VideoFrames(Dataset[dict[str, Any]]):
     def _decode(self) -> Iterator[Tensor]:
         with import_extra("av").open(str(self.path)) as container:
             for frame in container.decode(video=0):
-                pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation).astype(np.float32) / 255
+                pixels = _upright(frame).astype(np.float32) / 255
                 yield torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _upright(pixels: np.ndarray, rotation: int) -> np.ndarray:
-    """Turn a frame (H, W, 3) as its display matrix asks, by degrees counterclockwise: phones film lying."""
-    return np.rot90(pixels, round(rotation / 90))
+def _upright(frame: Any) -> np.ndarray:
+    """Return a frame's colours (H, W, 3), turned as its display matrix asks: phones film lying."""
+    degrees = getattr(frame, "rotation", 0)  # counterclockwise; older versions of PyAV do not say
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(degrees / 90))
 
 
 class VideoFile:

@@ -96,7 +96,10 @@ def test_newest_checkpoint_and_leftovers_go_by_names_and_content(tmp_path: Path)
     assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_epoch=10.pt")
     final["trainer"]["iteration"] = 104
     torch.save(final, tmp_path / "checkpoint_final.pt")
+    torch.save(torch.zeros(2), tmp_path / "checkpoint_best.pt")
     assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_final.pt")
+    (tmp_path / "checkpoint_final.pt").write_bytes(b"cut off")
+    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_epoch=10.pt")
 
 
 def test_start_from_weights_that_do_not_fit_is_one_sentence(tmp_path: Path) -> None:

@@ -260,9 +260,8 @@ def test_the_first_label_becomes_drafts_of_the_others(server: Server, studies: S
     np.testing.assert_allclose(draft.affine, image.affine, atol=1e-4)
     assert draft.shape == image.shape
     label = list(params["label_names"])[-1]
-    file, one = server.client(
-        "infer", model="label_propagation", image_id=second, params={"label": label}, tmpdir=str(tmp_path)
-    )
+    asked = {"label": label, "result_dtype": "uint8"}
+    file, one = server.client("infer", model="label_propagation", image_id=second, params=asked, tmpdir=str(tmp_path))
     assert one["label_names"] == {label: 1}
     assert np.unique(np.asarray(nib.load(file).dataobj)).tolist() == [0, 1], "as 3D Slicer takes it"
     refused(server.infer("label_propagation", second, label="liver"), 400, "label liver: expected one of all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
+from monai.transforms import LoadImage
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.itk_bridge import from_itk
@@ -70,6 +72,16 @@ def test_lengths_are_millimetres_as_itk_reads_them(unit: str, length: float, tmp
     assert float(image.affine[0, 0]) == pytest.approx(length)
     torch.testing.assert_close(image.affine, from_itk(sitk.ReadImage(str(path)))[1], rtol=1e-4, atol=1e-6)
     assert place_warnings(image) == []
+    file: Any = nib.load(path)
+    for given in (file, LoadImage(image_only=True)(path)):
+        torch.testing.assert_close(read_volume(given).affine, image.affine)
+
+
+def test_a_slice_is_where_it_is_whatever_its_height(tmp_path: Path) -> None:
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    affine[:3, 3] = (-10, 5, 7)
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).random((30, 40), dtype=np.float32), affine), tmp_path / "a.nii")
+    assert place_warnings(read_image(tmp_path / "a.nii", spatial_dims=2)) == []
 
 
 def test_small_voxels_are_no_singular_affine() -> None:
@@ -79,6 +91,14 @@ def test_small_voxels_are_no_singular_affine() -> None:
     affine[1] = affine[0]
     with pytest.raises(InputError, match="expected an invertible affine"):
         read_volume(MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine)))
+
+
+def test_a_label_without_a_unit_has_its_image_s(tmp_path: Path) -> None:
+    path = write(tmp_path / "image.nii", unit="micron")
+    file: Any = nib.load(path)
+    nib.save(nib.Nifti1Image(np.ones(SIZE, dtype=np.uint8), file.affine), tmp_path / "label.nii")
+    image = read_image(path)
+    torch.testing.assert_close(read_label(tmp_path / "label.nii", image, path).affine, image.affine)
 
 
 def test_labels_that_would_run_together_are_refused(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.layers import gaussian_1d, separable_filtering
+from torch import Tensor
 from torch.nn import functional as F
 
-from monai_rl_reg.separable import _Product, box_sum, enlarge, gradient, slopes, smooth
+from monai_rl_reg.separable import _full_precision, _Product, box_sum, enlarge, gradient, slopes, smooth
 
 SIZES = [(2, 3, 5, 6, 7), (2, 2, 5, 6), (1, 1, 2, 3, 4)]
 
@@ -66,10 +67,24 @@ def test_the_gradient_is_all_slopes(size: tuple[int, ...]) -> None:
 
 
 def test_a_product_in_full_precision_has_the_gradients_of_a_product() -> None:
-    before = torch.backends.cuda.matmul.fp32_precision
     stacked = torch.randn(2, 4, 5, dtype=torch.double, requires_grad=True)
     left, right = torch.randn(3, 4, dtype=torch.double), torch.randn(5, 3, dtype=torch.double)
     assert torch.equal(_Product.apply(left, stacked), left @ stacked)
     assert torch.autograd.gradcheck(lambda x: _Product.apply(left, x), (stacked,))
     assert torch.autograd.gradcheck(lambda x: _Product.apply(x, right), (stacked,))
-    assert torch.backends.cuda.matmul.fp32_precision == before
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        _Product.apply(left, stacked)
+    assert [x.shape for x in kept] == [left.shape], "not the volume"
+
+
+def test_products_are_in_full_precision_where_tf32_is_allowed() -> None:
+    backend = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with _full_precision():
+            assert backend.fp32_precision == "ieee" if hasattr(backend, "fp32_precision") else not backend.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

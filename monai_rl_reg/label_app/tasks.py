@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
-import torch
 from monai.data import MetaTensor
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
@@ -21,7 +21,7 @@ from monai_rl_reg.label_app.workspace import DOUBT, Workspace
 from monai_rl_reg.label_propagation import AUTO
 from monai_rl_reg.label_training import LATEST, SCRATCH, train
 from monai_rl_reg.metrics import mean_label_dice
-from monai_rl_reg.nifti import read_image
+from monai_rl_reg.nifti import read_image, read_volume
 from monai_rl_reg.quality import plain
 from monai_rl_reg.request import Options, Pair
 
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 ALL = "all"
 ORIGINAL = DefaultLabelTag.ORIGINAL.value
+SLICER_TYPE = "uint8"
+"""What 3D Slicer asks for. It takes the names of a draft in the order of their values, and its values for 1, 2, ... in
+that order; others go by the values in ``/info/``."""
 HOLD = 3600.0
 """Seconds for which an image that was handed out is not handed out again, while there are others."""
 
@@ -99,13 +102,11 @@ class LabelPropagationTask(_Task):
             options=self.options(request),
         )
         files = draft.save(self.workspace.results(request), report=bool(request.get("report", False)))
-        # 3D Slicer takes the names in the order of their values, and the map's values for 1, 2, ... in that order
-        numbers = {name: number for number, name in enumerate(sorted(names, key=lambda n: names[n]), start=1)}
-        numbered = torch.zeros_like(draft.label.as_tensor())
-        for name, number in numbers.items():
-            numbered[draft.label.as_tensor() == names[name]] = number
-        sent = MetaTensor(numbered, affine=draft.label.affine)
-        return self.write(sent, request, draft.figures() | {"label_names": numbers, "files": files})
+        proposed = draft.label
+        if request.get("result_dtype") == SLICER_TYPE:
+            own, names = names, {name: number for number, name in enumerate(names, start=1)}
+            proposed = Case("draft", request["image"], values=own).renumbered(proposed, names)
+        return self.write(proposed, request, draft.figures() | {"label_names": names, "files": files})
 
 
 class RegistrationTask(_Task):
@@ -224,7 +225,7 @@ class DraftDice(ScoringMethod):  # type: ignore[misc]
             try:
                 image = read_image(case.image, spatial_dims=None)
                 numbers = datastore.get_label_info(case.name, ORIGINAL).get("label_names")
-                first = Case(case.name, case.image, draft, numbers or None).read_label(image, names)
+                first = replace(case, values=numbers or None).renumbered(read_volume(draft, spatial_dims=None), names)
                 dice = mean_label_dice(first.as_tensor()[None], case.read_label(image, names).as_tensor()[None])
             except (InputError, ValueError, RuntimeError) as error:
                 logger.warning("dice of %s: %s", case.name, error)
