@@ -19,7 +19,7 @@ from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.judge import load_judge
-from monai_rl_reg.networks import TwinCritic
+from monai_rl_reg.networks import PlannerActor, TwinCritic
 from monai_rl_reg.refinement import FOLD_WEIGHT
 from monai_rl_reg.similarity import Similarity
 from monai_rl_reg.tasks.registration import RegistrationTask
@@ -219,9 +219,27 @@ class PolicyBundle:
         inferer = copy.copy(self.inferer)
         inferer.steps, inferer.sample = steps, sample
         if worth is not None:
-            inferer.critic, inferer.worth = self.critic, worth * cast(RegistrationTask, self.task).reward_scale
+            inferer.critic = self.critic
+            inferer.worth = worth * cast(RegistrationTask, self.task).reward_scale + self.value_at_goal(image)
         known = {} if structures is None else {"structures": structures.to(self.device)}
         yield from inferer.trajectory(image.to(self.device), self.network, **known)
+
+    @torch.no_grad()
+    def value_at_goal(self, image: Tensor) -> float:
+        """Return the critic's value where nothing is left to gain: of the fixed image and itself.
+
+        It would be 0, had the critics been taught for ever. But what they learn is that a state is worth its reward and
+        nearly all that the next one is, and a constant, the same in every state, goes away by 1 - gamma a time only.
+
+        Args:
+            image: (1, 2, *spatial), fixed and moving.
+        """
+        assert self.critic is not None
+        (state,) = self.trajectory(image[:, [0, 0]], 0)
+        policy = cast(PlannerActor, self.network)
+        with quick_convolutions(self.device, half=self.inferer.half):
+            plan, _, features = policy.decide(self.task.observe(state))
+            return float(self.critic(features, plan).amin(1))
 
     def version(self) -> str:
         """Return the bundle's name and version, as its metadata has them."""

@@ -119,7 +119,8 @@ def test_auto_stops_where_a_critic_expects_no_gain(
     registrar = Registrar(ckpt=trained / "model.pt", device="cpu")
     bundle, settled = registrar.bundle(), []
     assert bundle.critic is not None  # trained with reinforcement
-    monkeypatch.setattr(bundle, "critic", Expecting(*values))
+    at_goal = 3.0  # of the fixed image and itself, asked first: what the critics expect is told from there
+    monkeypatch.setattr(bundle, "critic", Expecting(at_goal, *(at_goal + value for value in values)))
     monkeypatch.setattr(bundle.task, "settle", lambda state, taken: settled.append(taken) or state)
     done = registrar.register(Pair.read(oblique_files["fixed"], oblique_files["moving"]), Options(steps="auto"))
     assert done.quality["steps"] == steps

@@ -68,13 +68,14 @@ def course(bundle: PolicyBundle, working: WorkingPair, steps: int) -> list[dict[
 def values(bundle: PolicyBundle, working: WorkingPair, steps: int) -> list[float]:
     """Return the gain in score that the critic expects of all steps to come, before the first and after every step."""
     policy, task, found = cast(PlannerActor, bundle.network), cast(RegistrationTask, bundle.task), []
+    none_left = bundle.value_at_goal(working.image.as_tensor()[None])
     structures = None if working.structures is None else working.structures[None]
     for state in islice(
         bundle.trajectory(working.image.as_tensor()[None], steps + 1, structures=structures), steps + 1
     ):
         plan, _, features = policy.decide(task.observe(state))
         assert bundle.critic is not None
-        found.append(float(bundle.critic(features, plan).amin(1)) / task.reward_scale)
+        found.append((float(bundle.critic(features, plan).amin(1)) - none_left) / task.reward_scale)
     return found
 
 
