@@ -115,9 +115,15 @@ def feature_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def features(bundle: Bundle, feature_weights: Path) -> dict[str, object]:
+def weights(bundle: Bundle, feature_weights: Path) -> dict[str, object]:
+    """Setting of the feature network's weights, of the bundles that have one."""
+    return {"feature_weights": feature_weights} if bundle.settings else {}
+
+
+@pytest.fixture
+def features(bundle: Bundle, weights: dict[str, object]) -> dict[str, object]:
     """Settings of the feature network, for the training of the bundles that have one."""
-    return bundle.settings | ({"feature_weights": feature_weights} if bundle.settings else {})
+    return bundle.settings | weights
 
 
 def make_pictures(folder: Path, wide: int) -> Path:
@@ -271,9 +277,11 @@ def sizes(bundle: Bundle) -> dict[str, object]:
 
 
 @named(IMAGES)
-def test_inference_writes_the_result_and_its_steps(bundle: Bundle, trained: Path, folders: Any, tmp_path: Path) -> None:
+def test_inference_writes_the_result_and_its_steps(
+    bundle: Bundle, trained: Path, folders: Any, weights: dict[str, object], tmp_path: Path
+) -> None:
     image = list_pictures(folders[bundle.wide])[3]
-    settings = {"ckpt": trained / "model.pt", "steps": 3, **sizes(bundle)}
+    settings = {"ckpt": trained / "model.pt", "steps": 3, **sizes(bundle), **weights}
     run(bundle, "run", "inference", image=image, output_dir=tmp_path, **settings)
     assert {path.name for path in tmp_path.iterdir()} == {f"{bundle.result}.png", "steps.png"}
     result, strip = (read_picture(tmp_path / f"{name}.png") for name in (bundle.result, "steps"))
@@ -286,10 +294,10 @@ def test_inference_writes_the_result_and_its_steps(bundle: Bundle, trained: Path
 
 @named(IMAGES)
 def test_inference_takes_the_last_picture_of_a_folder(
-    bundle: Bundle, trained: Path, folders: Any, tmp_path: Path
+    bundle: Bundle, trained: Path, folders: Any, weights: dict[str, object], tmp_path: Path
 ) -> None:
     folder = folders[bundle.wide]
-    settings = {"ckpt": trained / "model.pt", "steps": 1, **sizes(bundle)}
+    settings = {"ckpt": trained / "model.pt", "steps": 1, **sizes(bundle), **weights}
     for name, chosen in {"folder": {"dataset_dir": folder}, "file": {"image": list_pictures(folder)[-1]}}.items():
         run(bundle, "run", "inference", output_dir=tmp_path / name, **settings, **chosen)
     results = [read_picture(tmp_path / name / f"{bundle.result}.png") for name in ("folder", "file")]
@@ -309,11 +317,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_video_inference_writes_a_clip_of_the_same_frames(models_of: Any, clip: Path, tmp_path: Path) -> None:
+def test_video_inference_writes_a_clip_of_the_same_frames(
+    models_of: Any, clip: Path, feature_weights: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("av")
-    ckpt = models_of(VIDEO.name) / "model.pt"
+    settings = {"ckpt": models_of(VIDEO.name) / "model.pt", "feature_weights": feature_weights}
     for name, steps in (("start", 0), ("end", 3)):
-        run(VIDEO, "run", "inference", video=clip, ckpt=ckpt, steps=steps, output_dir=tmp_path / name)
+        run(VIDEO, "run", "inference", video=clip, steps=steps, output_dir=tmp_path / name, **settings)
         assert [path.name for path in (tmp_path / name).iterdir()] == ["stylised.mp4"]
     start, end = (VideoFrames(tmp_path / name / "stylised.mp4") for name in ("start", "end"))
     assert len(start) == len(end) == 4
@@ -349,13 +359,13 @@ def test_video_evaluating_writes_policy_and_control(
     assert len({row["style"] for row in rows}) == 4
 
 
-def test_bad_video_is_named(models_of: Any, tmp_path: Path) -> None:
+def test_bad_video_is_named(models_of: Any, feature_weights: Path, tmp_path: Path) -> None:
     pytest.importorskip("av")
     text, output = tmp_path / "text.mp4", tmp_path / "out"
     text.write_text("no video")
-    ckpt = models_of(VIDEO.name) / "model.pt"
+    settings = {"ckpt": models_of(VIDEO.name) / "model.pt", "feature_weights": feature_weights}
     for file, message in ((text, "expected a video that can be read"), (tmp_path / "missing.mp4", "found none")):
-        sentence = failure(VIDEO, "run", "inference", video=file, ckpt=ckpt, output_dir=output)
+        sentence = failure(VIDEO, "run", "inference", video=file, output_dir=output, **settings)
         assert sentence.startswith(f"video {file}: ")
         assert message in sentence
     assert not output.exists()
@@ -494,11 +504,11 @@ def test_bad_picture_is_named(bundle: Bundle, features: dict[str, object], tmp_p
 
 @named(IMAGES)
 def test_bad_image_and_checkpoint_of_inference_are_named(
-    bundle: Bundle, trained: Path, folders: Any, tmp_path: Path
+    bundle: Bundle, trained: Path, folders: Any, weights: dict[str, object], tmp_path: Path
 ) -> None:
     text, output = tmp_path / "text.png", tmp_path / "out"
     text.write_text("no picture")
-    good = {"image": list_pictures(folders[bundle.wide])[0], "ckpt": trained / "model.pt"}
+    good = {"image": list_pictures(folders[bundle.wide])[0], "ckpt": trained / "model.pt", **weights}
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     cases = [
         ("image", text, "expected a picture that can be read"),
