@@ -7,7 +7,6 @@ import copy
 import random
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +89,22 @@ class StartFrom:
     """Begin a training with weights of another one.
 
     Args:
-        path: of its checkpoint; a file of weights alone is the network's.
-        load_dict: modules by their names in the checkpoint.
+        path: of its checkpoint.
+        network: gets the weights; so does ``anatomy``, if there is one, as :func:`load_policy` has it.
+        anatomy: the network that sees the labelled structures.
     """
 
-    def __init__(self, path: str, load_dict: Mapping[str, torch.nn.Module]) -> None:
+    def __init__(self, path: str, network: torch.nn.Module, anatomy: torch.nn.Module | None = None) -> None:
         self.path = path
-        self.load_dict = load_dict
+        self.network = network
+        self.anatomy = anatomy
 
     def attach(self, engine: Engine) -> None:
         """Follow this trainer; attach it before :class:`ResumeTraining`."""
         engine.add_event_handler(Events.STARTED, self._load)
 
     def _load(self, engine: Engine) -> None:
-        checkpoint = load_checkpoint(self.path)
-        for name, module in self.load_dict.items():
-            weights = checkpoint
-            if isinstance(checkpoint, dict):
-                weights = checkpoint.get(name, checkpoint if name == "network" else {})
-            fill_weights(module, weights, self.path)
+        load_policy(self.network, self.path, anatomy=self.anatomy)
         print(f"Starting from the weights in {self.path}")
 
 

@@ -28,15 +28,20 @@ def from_itk(image: Any) -> tuple[np.ndarray, Tensor]:
     array = sitk.GetArrayFromImage(image) if isinstance(image, sitk.Image) else np.array(image)
     d = len(image.GetSpacing()) if isinstance(image, sitk.Image) else int(image.GetImageDimension())
     array = array.transpose(*range(d - 1, -1, -1), *range(d, array.ndim))
-    spacing, origin = (torch.tensor(list(v), dtype=torch.float64) for v in (image.GetSpacing(), image.GetOrigin()))
-    direction = torch.as_tensor(np.asarray(image.GetDirection(), dtype=np.float64).reshape(d, d))
-    lps = torch.eye(d + 1, dtype=torch.float64)
-    lps[:d, :d], lps[:d, d] = direction * spacing, origin
-    ras = flip(d) @ lps
+    return array, _affine_of(image, d)
+
+
+def _affine_of(image: Any, d: int) -> Tensor:
+    """Return the RAS affine (4, 4) of what has spacing, origin and direction in ITK; of more dimensions the first 3."""
+    n = min(d, 3)
+    spacing, origin = (torch.tensor(list(v)[:n], dtype=torch.float64) for v in (image.GetSpacing(), image.GetOrigin()))
+    direction = torch.as_tensor(np.asarray(image.GetDirection(), dtype=np.float64).reshape(d, d))[:n, :n]
+    lps = torch.eye(n + 1, dtype=torch.float64)
+    lps[:n, :n], lps[:n, n] = direction * spacing, origin
+    ras = flip(n) @ lps
     affine = torch.eye(4, dtype=torch.float64)
-    if d <= 3:
-        affine[:d, :d], affine[:d, 3] = ras[:d, :d], ras[:d, d]
-    return array, affine
+    affine[:n, :n], affine[:n, 3] = ras[:n, :n], ras[:n, n]
+    return affine
 
 
 def affine_by_itk(path: str | Path) -> Tensor | None:
@@ -51,15 +56,7 @@ def affine_by_itk(path: str | Path) -> Tensor | None:
         return None
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(told)
-    d, n = reader.GetDimension(), min(reader.GetDimension(), 3)
-    direction = torch.tensor(reader.GetDirection(), dtype=torch.float64).reshape(d, d)[:n, :n]
-    lps = torch.eye(n + 1, dtype=torch.float64)
-    lps[:n, :n] = direction * torch.tensor(reader.GetSpacing()[:n], dtype=torch.float64)
-    lps[:n, n] = torch.tensor(reader.GetOrigin()[:n], dtype=torch.float64)
-    ras = flip(n) @ lps
-    affine = torch.eye(4, dtype=torch.float64)
-    affine[:n, :n], affine[:n, 3] = ras[:n, :n], ras[:n, n]
-    return affine
+    return _affine_of(reader, reader.GetDimension())
 
 
 def to_itk(values: Tensor, affine: Tensor, *, vectors: bool = False) -> sitk.Image:

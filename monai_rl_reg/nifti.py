@@ -112,11 +112,13 @@ def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
             source = read_series(path, what)  # a folder, or one of its series by number
         elif path.exists():
             volume = _load_file(path, what)
-            return volume.as_tensor(), _millimetres(volume)  # ITK's formats give 2D a 3 x 3 affine
+            return volume.as_tensor(), _millimetres(
+                volume.affine, volume.meta.get("xyzt_units", 0)
+            )  # ITK's formats give 2D a 3 x 3 affine
         else:
             raise InputError(f"{what} {path}: expected a file, found none")
     if isinstance(source, MetaTensor):
-        affine = _millimetres(source)
+        affine = _millimetres(source.affine, source.meta.get("xyzt_units", 0))
         if source.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS:
             affine = torch.diag(ras_to_lps(torch.ones(4, dtype=torch.float64))) @ affine
         whole = source.as_tensor().detach().cpu().float()
@@ -126,7 +128,7 @@ def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
             raise InputError(f"{what} {name}: expected an image with an affine, found none")
         units = source.header.get("xyzt_units", 0) if isinstance(source, nib.Nifti1Pair) else 0
         values = np.array(source.dataobj, dtype=np.float32)
-        return torch.from_numpy(values), _millimetres(MetaTensor(0, affine=source.affine, meta={"xyzt_units": units}))
+        return torch.from_numpy(values), _millimetres(torch.from_numpy(source.affine), units)
     if hasattr(source, "GetDirection") and hasattr(source, "GetSpacing"):
         array, affine = from_itk(source)
         return torch.from_numpy(np.array(array, dtype=np.float32)), affine
@@ -135,11 +137,11 @@ def _load(source: Any, name: str, what: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def _millimetres(image: MetaTensor) -> Tensor:
-    """Return the affine (4, 4), in the unit that a NIfTI's header names, in millimetres."""
-    affine = to_affine_nd(3, image.affine).double()
-    affine[:3] *= MILLIMETRES.get(int(image.meta.get("xyzt_units", 0)) & 7, 1.0)
-    return affine
+def _millimetres(affine: Tensor, units: Any) -> Tensor:
+    """Return an affine as (4, 4) in millimetres, given a NIfTI's ``xyzt_units``."""
+    whole = to_affine_nd(3, affine).double()
+    whole[:3] *= MILLIMETRES.get(int(units) & 7, 1.0)
+    return whole
 
 
 def _load_file(path: Path, what: str) -> MetaTensor:

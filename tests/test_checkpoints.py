@@ -107,7 +107,7 @@ def test_start_from_weights_that_do_not_fit_is_one_sentence(tmp_path: Path) -> N
         torch.save(content, tmp_path / name)
         module = torch.nn.Linear(2, 2)
         engine = Engine(lambda engine, batch: None)
-        StartFrom(str(tmp_path / name), {"network": module}).attach(engine)
+        StartFrom(str(tmp_path / name), module).attach(engine)
         engine.run([0])
         return module
 
