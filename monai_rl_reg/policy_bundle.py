@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,23 @@ DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "rl_reg"
 CONFIG = Path("configs") / "inference.json"
 WITH_LABELS = "with_labels.json"
 """Laid over ``train.json`` to train a policy that sees structures."""
+
+
+def bundle_folder(name: str) -> str:
+    """Return the folder of the bundle that is run, for its configurations' ``bundle_root``.
+
+    It is that of the first ``--config_file`` on the command line, so that a copy of a bundle uses its own weights, from
+    whatever folder it is run; else the working folder, the ``bundles`` in it, or those beside this package, wherever
+    there is one of this name.
+    """
+    line = " ".join(sys.argv[1:])
+    given = re.search(r"--config_file[= ]+(?:\[\s*)?(['\"]?)(?P<path>.+?\.(?:json|yaml|yml))\1(?=[\s,\]]|$)", line)
+    found = [Path(given["path"]).parent.parent] if given else []
+    beside = DEFAULT_BUNDLE.parent / name
+    for folder in [*found, Path(), Path("bundles") / name, beside]:
+        if (folder / "configs" / "metadata.json").is_file() or (folder in found and (folder / "configs").is_dir()):
+            return str(folder)
+    return "."
 
 
 def file_stamp(path: str | Path) -> dict[str, Any]:

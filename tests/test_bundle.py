@@ -20,6 +20,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metad
 from monai.data import MetaTensor
 
 from monai_rl_reg.checkpoints import latest_checkpoint, structures_in
+from monai_rl_reg.policy_bundle import bundle_folder
 
 COLUMNS = ["fixed", "moving", "dice_before", "dice", "folded_percent", "sdlogj", "hd95_mm", "seconds"]
 
@@ -320,3 +321,31 @@ def test_monai_exports_the_network(trained: Path, tmp_path: Path) -> None:
     )
     network = torch.jit.load(exported)
     assert network(torch.rand(1, 8, 20, 17, 24)).shape == (1, 3, 10, 9, 12)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--config_file", "{copy}/configs/inference.json"],
+        ["--config_file={copy}/configs/inference.json"],
+        ["--config_file", "['{copy}/configs/train.json','more.json']"],
+        ["--config_file", "['{copy}/configs/train.json', 'more.json']", "--ckpt", "another.json"],
+    ],
+)
+def test_a_copy_of_a_bundle_uses_its_own_weights(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "my bundle"
+    shutil.copytree(CONFIGS, copy / "configs")
+    monkeypatch.setattr("sys.argv", ["bundle", "run", *(argument.format(copy=copy) for argument in given)])
+    assert Path(bundle_folder("rl_reg")) == copy
+
+
+def test_without_a_configuration_on_the_command_line_the_bundle_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    assert Path(bundle_folder("rl_digits")) == ROOT / "bundles" / "rl_digits"
+    monkeypatch.chdir(CONFIGS.parent)
+    assert Path(bundle_folder("rl_reg")).resolve() == CONFIGS.parent
