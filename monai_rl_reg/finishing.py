@@ -73,7 +73,9 @@ class Correspondence:
         return invert(self.steps, carry_back(self.initial, points), tolerance=tolerance)
 
     def move(self, volume: MetaTensor, *, nearest: bool = False, initial_only: bool = False) -> MetaTensor:
-        """Resample a volume of the moving image, (1, *moving), on the fixed image's grid, once; 0 outside it.
+        """Resample a volume of the moving image, (1, *moving), on the fixed image's grid, once.
+
+        Outside the moving image is 0, or its least value where that is below: in CT 0 is water, and air -1000.
 
         Args:
             volume: image, linear, or label map, nearest neighbour, whose integers it keeps.
@@ -84,11 +86,12 @@ class Correspondence:
         d, mode = len(shape), "nearest" if nearest else "bilinear"
         to_moving = reduced(torch.linalg.inv(volume.affine.double()), d)
         source = volume.as_tensor().float()
+        outside = 0.0 if nearest else min(0.0, float(source.min()))
         moved = torch.empty(1, *shape, dtype=label_dtype(source) if nearest else torch.float32)
         for rows, world in slabs(reduced(affine, d), shape):
             there = carry(self.initial, world) if initial_only else world + self.displacement.displacement[:, rows]
             landing = transform_points(to_moving, there).float()
-            moved[:, rows] = sample(source, landing, mode=mode, outside="zeros").to(moved.dtype)
+            moved[:, rows] = (sample(source - outside, landing, mode=mode, outside="zeros") + outside).to(moved.dtype)
         return MetaTensor(moved, affine=affine)
 
     def inverse(self, moving: MetaTensor) -> tuple[MetaTensor, float, float]:

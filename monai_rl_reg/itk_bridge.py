@@ -17,6 +17,9 @@ from monai_rl_reg.geometry import DenseTransform, WorldTransform, ras_to_lps, re
 FIELD_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 """Files that hold a displacement field as an image of vectors, as ANTs writes them, and not as an ITK transform."""
 
+UNEVEN = 0.1
+"""Share of the distance of a series' slices by which it may vary."""
+
 
 def flip(d: int) -> Tensor:
     """Return the (d+1, d+1) matrix from RAS to LPS, which is its own inverse."""
@@ -169,12 +172,30 @@ def read_series(folder: str | Path, what: str) -> sitk.Image:
             f"{what} {folder}: expected one DICOM series, found {len(found)}: {listed}; name one as {folder}/SERIES"
         )
     reader.SetFileNames(next(iter(found.values())))
+    reader.MetaDataDictionaryArrayUpdateOn()
     try:
-        return reader.Execute()
+        image = reader.Execute()
     except RuntimeError as error:
         raise InputError(
             f"{what} {folder}: expected a DICOM series that can be read, found {str(error).strip().splitlines()[-1]}"
         ) from error
+    gaps = _gaps(reader, len(reader.GetFileNames()))
+    if len(gaps) > 1 and gaps.max() - gaps.min() > UNEVEN * float(np.median(gaps)):
+        raise InputError(
+            f"{what} {folder}: expected slices at equal distances, found from {gaps.min():.4g} to {gaps.max():.4g} mm "
+            "(is one missing?)"
+        )
+    return image
+
+
+def _gaps(reader: sitk.ImageSeriesReader, count: int) -> np.ndarray:
+    """Return the distances in mm from slice to slice of the series that was read; none where it does not say."""
+    position, orientation = "0020|0032", "0020|0037"
+    if not all(reader.HasMetaDataKey(i, key) for i in range(count) for key in (position, orientation)):
+        return np.zeros(0)
+    row, column = np.array(reader.GetMetaData(0, orientation).split("\\"), dtype=float).reshape(2, 3)
+    places = [np.array(reader.GetMetaData(i, position).split("\\"), dtype=float) for i in range(count)]
+    return np.abs(np.diff(np.stack(places) @ np.cross(row, column)))
 
 
 def _describe(files: tuple[str, ...]) -> str:

@@ -1,18 +1,37 @@
-"""What the C library does with memory that was freed, and when Python looks for some that could be."""
+"""How much memory there is, what the C library does with what was freed, and when Python looks for such."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT = 1 << 30
 """Bytes of freed memory that a process holds on to before it gives any back."""
 LARGE = 32 << 20
 """Blocks of more bytes are given back at once: the largest that glibc allows."""
+
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where Linux says what a container or a cluster's job may use, and what it does."""
+
+
+def available_memory() -> int:
+    """Return how many bytes this process may still take: of the machine, or of its container or job."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
+    return free
 
 
 def keep_freed_memory() -> None:

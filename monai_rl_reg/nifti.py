@@ -29,6 +29,8 @@ MILLIMETRES = {1: 1000.0, 3: 0.001}
 """Of a NIfTI's unit of length, by its code: metres and micrometres; whatever else is taken for millimetres."""
 LARGEST_LABEL = 2**24 - 1
 """Up to it whole numbers are exact in fp32."""
+COMPLEX = (32, 1792, 2048)
+"""Codes of a NIfTI's complex types."""
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
 SAME_PLACE = 0.1
 """Voxels between two readings of a header that are one."""
@@ -153,6 +155,10 @@ def _load_file(path: Path, what: str) -> MetaTensor:
             f"{what} {path}: expected an image file that can be read, found {path.stat().st_size:,} bytes that cannot "
             f"({type(error.__cause__ or error).__name__}: {reason})"
         ) from error
+    if volume.ndim == 3 and volume.meta.get(MetaKeys.ORIGINAL_CHANNEL_DIM) == -1 and volume.shape[-1] > 1:
+        raise InputError(f"{what} {path}: expected one channel, found {volume.shape[-1]}: a colour picture")
+    if int(volume.meta.get("datatype", 0)) in COMPLEX:
+        raise InputError(f"{what} {path}: expected real numbers, found complex ones (take the magnitude)")
     return volume
 
 

@@ -15,6 +15,7 @@ from monai_rl_reg import __version__
 from monai_rl_reg.geometry import jacobian_determinant
 from monai_rl_reg.metrics import folding, label_dice
 from monai_rl_reg.similarity import title
+from monai_rl_reg.working import ANOTHER_SIZE
 
 MOST_FOLDED = 1.0
 """Percentage of folded voxels above which a registration comes with a warning."""
@@ -95,6 +96,13 @@ def warnings_about(quality: dict[str, Any]) -> list[str]:
         found.append(f"the labels agree less, Dice {quality['dice_before']:.3f} to {quality['dice_after']:.3f}")
     if quality.get("by_label") == {}:
         found.append("the moving label was not gone by: none of its structures lies where the weights see one")
+    worked, trained = quality.get("working_grid", {}).get("spacing_mm", []), quality.get("trained_at_mm", [])
+    if any(own / size > ANOTHER_SIZE for own, size in zip(worked, trained, strict=False)):
+        sizes = [" x ".join(f"{s:.2g}" for s in spacing) for spacing in (worked, trained)]
+        found.append(
+            f"registered with voxels of {sizes[0]} mm, to save memory, by weights that were trained with voxels of "
+            f"{sizes[1]} mm: weights of a training with a larger pixdim do better"
+        )
     if quality["folded_percent"] > MOST_FOLDED:
         found.append(f"{quality['folded_percent']:.2g} % of the voxels are folded")
     return found

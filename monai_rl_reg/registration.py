@@ -52,7 +52,8 @@ class Registration:
     Attributes:
         fixed: ``(1, *fixed)``, as given.
         moving: ``(1, *moving)``, as given.
-        moved: ``(1, *fixed)``, the moving image resampled once, from the original; 0 outside it.
+        moved: ``(1, *fixed)``, the moving image resampled once, from the original; outside it 0, or its
+            least value where that is below.
         displacement: ``(d, *fixed)``, RAS millimetres, from fixed to moving space, the initial transform inside.
         inverse_displacement: ``(d, *moving)``, RAS millimetres, from moving to fixed space.
         moved_label: ``(1, *fixed)``, integers, if a moving label was given.
@@ -245,6 +246,8 @@ class Registrar:
         quality |= field_figures(way.displacement.displacement, way.displacement.affine)
         quality |= dict(zip(("inverse_error_mm", "inverse_error_max_mm"), errors, strict=False))
         quality |= {"steps": steps.taken, "stopped_by_itself": limit == "auto" and steps.taken < total}
+        if bundle.voxel_size is not None:
+            quality["trained_at_mm"] = [round(s, 4) for s in bundle.voxel_size]
         quality |= {"initial": kind, "working_grid": working.description(), "refinement": steps.refinement}
         if options.by_label:
             quality["by_label"] = {str(structure): value for structure, value in sorted(working.recognised.items())}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-import psutil
 import torch
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.memory import available_memory
 from monai_rl_reg.rollout import Transition
 from monai_rl_reg.tasks.task import State
 
@@ -98,14 +98,12 @@ class ReplayBuffer:
             return torch.float16 if value.is_floating_point() and value[0].numel() > self.small else value.dtype
 
         needed = sum(self.capacity * value[0].numel() * stored(value).itemsize for value in entries.values())
-        free = (
-            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
-        )
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_memory()
         if needed > free:
             shape = max((tuple(v.shape[2:]) for k, v in entries.items() if k.startswith("state/")), default=())
             raise InputError(
                 f"the replay buffer of {self.capacity} transitions at image size {shape} needs {needed:,} bytes, "
-                f"{free:,} are available on {self.device}: lower replay_capacity or image_size"
+                f"{free:,} are available on {self.device}: lower replay_capacity, or the resolution (a larger pixdim)"
             )
         self._dtypes = {key: value.dtype for key, value in entries.items()}
         self._ring = {

@@ -6,8 +6,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
+
+from monai_rl_reg import memory
 
 PROGRAM = """
 import resource, sys, torch
@@ -69,3 +73,15 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_job_s_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory, "CGROUPS", ((str(limit), str(used)),))
+    assert memory.available_memory() > 1 << 28  # none there: the machine's own
+    used.write_text(f"{1 << 20}\n")
+    limit.write_text("max\n")
+    assert memory.available_memory() > 1 << 28
+    limit.write_text(f"{3 << 20}\n")
+    assert memory.available_memory() == 2 << 20
+    assert psutil.virtual_memory().available > 2 << 20

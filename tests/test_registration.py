@@ -230,6 +230,10 @@ def test_what_is_wrong_is_said() -> None:
     assert "1.5 % of the voxels are folded" in warnings_about(good | {"folded_percent": 1.5})[0]
     assert "moving label was not gone by" in warnings_about(good | {"by_label": {}})[0]
     assert warnings_about(good | {"by_label": {"1": 1}}) == []
+    grid = {"working_grid": {"spacing_mm": [1.6, 1.6, 1.6]}}
+    assert warnings_about(good | grid) == []
+    assert warnings_about(good | grid | {"trained_at_mm": [1.5, 1.5, 1.5]}) == []
+    assert "trained with voxels of 1 x 1 x 1 mm" in warnings_about(good | grid | {"trained_at_mm": [1.0, 1.0, 1.0]})[0]
     assert "labels agree less" in warnings_about(good | {"dice_before": 0.8, "dice_after": 0.7})[0]
 
 

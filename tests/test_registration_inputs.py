@@ -15,7 +15,9 @@ import torch
 from monai.data import MetaTensor
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.nifti import read_volume
+from monai_rl_reg.finishing import Correspondence
+from monai_rl_reg.geometry import DenseTransform
+from monai_rl_reg.nifti import read_image, read_volume
 from monai_rl_reg.registration import Registration, register
 
 
@@ -147,6 +149,42 @@ def test_several_series_are_listed_and_one_can_be_named(oblique_files: dict[str,
         assert f"1.2.826.0.1.3680043.2.1125.{i} (series {i}, {image.GetDepth()} files)" in sentence
     named = read_volume(tmp_path / "scan" / "1.2.826.0.1.3680043.2.1125.2")
     assert named.shape[1:] == image.GetSize()
+
+
+def test_a_series_that_lacks_a_slice_is_refused(oblique_files: dict[str, str], tmp_path: Path) -> None:
+    uid = "1.2.826.0.1.3680043.2.1125.1"
+    folder = write_series(sitk.ReadImage(oblique_files["fixed"]), tmp_path / "scan", uid)
+    read_image(folder)
+    slices = sitk.ImageSeriesReader().GetGDCMSeriesFileNames(str(folder))
+    Path(slices[len(slices) // 2]).unlink()
+    with pytest.raises(InputError, match=r"slices at equal distances, found from .* mm \(is one missing"):
+        read_image(folder)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_colour_pictures_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"picture{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(np.random.randint(0, 255, (20, 30, 3), dtype=np.uint8), isVector=True), path)
+    with pytest.raises(InputError, match="expected one channel, found 3: a colour picture"):
+        read_image(path, spatial_dims=None)
+
+
+def test_complex_volumes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "kspace.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.complex64), np.eye(4)), path)
+    with pytest.raises(InputError, match="expected real numbers, found complex ones"):
+        read_image(path)
+
+
+def test_outside_a_ct_is_air(tmp_path: Path) -> None:
+    ct = MetaTensor(torch.full((1, 8, 8, 8), 40.0), affine=torch.eye(4))
+    ct[0, 0, 0, 0] = -1000
+    field = torch.zeros(3, 8, 8, 8)
+    field[0] = 4.0
+    still = DenseTransform(torch.zeros(3, 8, 8, 8), torch.eye(4, dtype=torch.float64))
+    way = Correspondence(torch.eye(4, dtype=torch.float64), still, DenseTransform(field, still.affine))
+    assert way.move(ct)[0, :, 4, 4].tolist() == [40.0] * 4 + [-1000.0] * 4
+    assert way.move(ct + 1000)[0, :, 4, 4].tolist() == [1040.0] * 4 + [0.0] * 4
 
 
 def test_a_folder_without_dicom_files(tmp_path: Path, oblique_files: dict[str, str]) -> None:

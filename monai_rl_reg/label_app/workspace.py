@@ -116,7 +116,6 @@ class Workspace:
         labelled = self.labelled()
         weights = self.weights.path()
         found: dict[str, float] = {}
-        fresh: dict[str, Any] = {}
         for image in images if labelled else ():
             late = time.monotonic() - started > seconds
             known = self.store.get_image_info(image).get(DOUBT, {})
@@ -131,11 +130,11 @@ class Workspace:
                     if late:
                         continue
                     value = propagation.doubt(path, [case for case, _ in chosen], names, count=ATLASES)
-                    fresh[image] = known = {"value": round(value, 4), "of": key}
+                    known = {"value": round(value, 4), "of": key}
+                    self.note(DOUBT, {image: known})  # at once: a server that is stopped keeps what it has found
                 found[image] = float(known["value"])
             except InputError as error:
                 logger.warning("%s of %s: %s", DOUBT, image, error)
-        self.note(DOUBT, fresh)
         return found
 
     def note(self, key: str, values: Mapping[str, Any]) -> None:
