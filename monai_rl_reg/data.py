@@ -104,9 +104,10 @@ def split_data(
     """Return the data of ``training`` (pairs or cases) and ``validation`` (pairs).
 
     The first of these that is given is used: ``pairs``, ``dataset_dir``, a synthetic cohort made in ``phantom_dir``.
-    Validation takes ``val_pairs``; else pairs among ``val_cases``; else pairs among the last fifth of the cases, of the
-    labelled ones if more than two are (at least two), or the last tenth of the rows of ``pairs``. Cases of
-    ``val_pairs`` or ``val_cases`` are left out of training; rows of ``pairs`` alone may share images with each other.
+    Validation takes ``val_pairs``; else pairs (of ``pairs``, its rows) among ``val_cases``; else pairs among the last
+    fifth of the cases, of the labelled ones if more than two are (at least two), or the last tenth of the rows of
+    ``pairs``. Cases of ``val_pairs`` or ``val_cases`` are left out of training; rows of ``pairs`` alone may share
+    images with each other.
 
     Args:
         pairs: CSV of training pairs.
@@ -128,10 +129,14 @@ def split_data(
         )
     if pairs:
         rows = read_pairs(pairs)
-        if validation is None:
+        kept_back: set[str] = set()
+        if validation is not None:
+            kept_back = {_identity(pair[key]) for pair in validation for key in ("fixed", "moving")}
+        elif val_cases is not None:
+            validation, kept_back = _rows_among(rows, val_cases, pairs)
+        else:  # rows that may share images with the others
             count = max(processes, len(rows) // 10)
             validation, rows = (rows[-count:], rows[:-count]) if len(rows) > 1 else (rows, rows)
-        kept_back = {_identity(pair[key]) for pair in validation for key in ("fixed", "moving")} if val_pairs else set()
         training = [p for p in rows if not {_identity(p["fixed"]), _identity(p["moving"])} & kept_back]
         if not training:
             raise InputError(f"pairs {pairs}: expected pairs of cases that validation does not use, found none")
@@ -364,6 +369,18 @@ def _held_out(cases: list[Case], names: Sequence[str] | None, folder: str) -> li
     if lacking:
         raise InputError(f"dataset {folder}: expected the validation cases {_listed(lacking)} in imagesTr, found none")
     return held_out
+
+
+def _rows_among(rows: list[Pair], names: Sequence[str], file: str) -> tuple[list[Pair], set[str]]:
+    """Return the rows whose images are both among the named ones, and all of the named ones' files."""
+    wanted = {_stem(name) for name in names}
+    files = {_identity(row[role]) for row in rows for role in ("fixed", "moving") if _stem(row[role]) in wanted}
+    lacking = wanted - {_stem(path) for path in files}
+    among = [row for row in rows if {_stem(row["fixed"]), _stem(row["moving"])} <= wanted]
+    if lacking or not among:
+        found = f"no row of {_listed(lacking)}" if lacking else "no row with two of them"
+        raise InputError(f"pairs {file}: expected rows of the validation cases {_listed(wanted)}, found {found}")
+    return among, files
 
 
 def _pairs_among(cases: list[Case], most: int) -> list[Pair]:

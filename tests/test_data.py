@@ -54,6 +54,18 @@ def test_cases_of_validation_pairs_are_left_out_of_training(cohort: Path, tmp_pa
     assert names(splits["training"], "fixed") == [f"phantom_{i:03d}.nii.gz" for i in (1, 2, 3)]
 
 
+def test_rows_of_validation_cases_are_left_out_of_training(tmp_path: Path) -> None:
+    rows = ["a1.nii,a2.nii", "a2.nii,b1.nii", "b1.nii,b2.nii", "c1.nii,b2.nii"]
+    (tmp_path / "pairs.csv").write_text("\n".join(["fixed,moving", *rows]) + "\n")
+    splits = split_data(pairs=str(tmp_path / "pairs.csv"), val_cases=["a1", "a2.nii"])
+    assert names(splits["validation"], "fixed") == ["a1.nii"]
+    assert names(splits["training"], "fixed") == ["b1.nii", "c1.nii"]
+    with pytest.raises(InputError, match="found no row of a3"):
+        split_data(pairs=str(tmp_path / "pairs.csv"), val_cases=["a1", "a3"])
+    with pytest.raises(InputError, match="found no row with two of them"):
+        split_data(pairs=str(tmp_path / "pairs.csv"), val_cases=["a1", "c1"])
+
+
 def test_every_process_has_a_pair_to_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pairs.csv").write_text("fixed,moving\n" + "".join(f"a{i}.nii,b{i}.nii\n" for i in range(6)))
     (tmp_path / "val.csv").write_text("fixed,moving\nc.nii,d.nii\n")
