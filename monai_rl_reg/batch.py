@@ -25,9 +25,9 @@ from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.folders import drop_leftovers
 from monai_rl_reg.nifti import replacing
 from monai_rl_reg.policy_bundle import file_stamp
-from monai_rl_reg.quality import plain
 from monai_rl_reg.registration import Registrar, keep_inputs
 from monai_rl_reg.request import Options, Pair
+from monai_rl_reg.tables import plain, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def register_pairs(
             dist.all_gather_object(shares, rows)
             rows = [shares[i % world][i // world] for i in range(len(jobs))]
             if rank == 0:
-                _write(output / "summary.csv", rows)
+                write_table(output / "summary.csv", rows, COLUMNS)
         _drop_shares(output, rank, world)
     return rows
 
@@ -234,24 +234,16 @@ def _row(job: dict[str, str], status: str, quality: dict[str, Any]) -> dict[str,
     return row
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
-
-
 def _write_share(output: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[dict[str, str]], rank: int) -> None:
     """Write the rows so far: the first process its own and those that the others have written, in the pairs' order."""
     if rank > 0:
-        _write(output / PART.format(rank), rows)
+        write_table(output / PART.format(rank), rows, COLUMNS)
         return
     known = {row["name"]: row for row in rows}
     for part in output.glob(PART.format("*")):
         with open(part, newline="", encoding="utf-8") as file:
             known |= {row["name"]: row for row in csv.DictReader(file)}
-    _write(output / "summary.csv", [known[job["name"]] for job in jobs if job["name"] in known])
+    write_table(output / "summary.csv", [known[job["name"]] for job in jobs if job["name"] in known], COLUMNS)
 
 
 def _drop_shares(output: Path, rank: int, world: int) -> None:

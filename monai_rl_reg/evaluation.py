@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from tqdm import tqdm
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.inferer import FramewiseInferer, clock
 from monai_rl_reg.networks import PlannerActor
-from monai_rl_reg.nifti import replacing
 from monai_rl_reg.pictures import grid, write_picture
 from monai_rl_reg.rollout import follow
+from monai_rl_reg.tables import write_json, write_table
 from monai_rl_reg.tasks.style import StyleTask
 from monai_rl_reg.tasks.task import State, Task
 from monai_rl_reg.video import flows_between, temporal_error
@@ -117,7 +115,6 @@ class StepwiseEvaluation:
             if self.shown and len(gallery) < self.examples:
                 gallery += _examples(self.task.reset(image, label), ends, self.shown)  # type: ignore[arg-type]
         if gallery:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             write_picture(self.output_dir / "examples.png", grid(gallery[: self.examples]))
         return self._write(rows)
 
@@ -249,11 +246,6 @@ class ClipEvaluation:
 
 
 def _write_table(folder: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    with replacing(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    write_table(folder / "metrics.csv", rows, list(rows[0]))
+    write_json(folder / "summary.json", summary)
     print(f"Wrote {folder / 'metrics.csv'} and {folder / 'summary.json'}")

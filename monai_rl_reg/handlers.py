@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +17,12 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from torch import Tensor
 from tqdm import tqdm
 
-from monai_rl_reg.errors import InputError
 from monai_rl_reg.folders import replacing_folder
 from monai_rl_reg.inferer import StepwiseInferer, clock
-from monai_rl_reg.metrics import folded_percent, log_jacobian_std
-from monai_rl_reg.nifti import replacing, write_displacement, write_image
+from monai_rl_reg.nifti import write_displacement, write_image
 from monai_rl_reg.pictures import strip, write_picture
+from monai_rl_reg.quality import field_figures
+from monai_rl_reg.tables import write_json, write_table
 
 
 class TrainingProgress:
@@ -199,18 +197,12 @@ class EvaluationTable:
     def _measure(self, engine: Engine) -> None:
         items: list[Any] = [a | b for a, b in zip(engine.state.batch, engine.state.output, strict=True)]  # type: ignore[arg-type, call-overload]
         for item in items:
-            affine = item["displacement"].affine.double()
-            d = self.spatial_dims
-            voxel = torch.tensordot(
-                torch.linalg.inv(affine[:d, :d]), item["displacement"].as_tensor().double(), dims=1
-            ).float()[None]
             row = {
                 "fixed": item["fixed_file"],
                 "moving": item["moving_file"],
                 "dice_before": float("nan"),
                 "dice": float("nan"),
-                "folded_percent": float(folded_percent(voxel)),
-                "sdlogj": float(log_jacobian_std(voxel)),
+                **field_figures(item["displacement"].as_tensor(), item["displacement"].affine),
                 "hd95_mm": float("nan"),
                 "seconds": self._seconds / len(items),
             }
@@ -221,16 +213,12 @@ class EvaluationTable:
     def _write(self, engine: Engine) -> None:
         figures = [name for row in self.rows for name in row]
         columns = sorted(dict.fromkeys(figures), key=_column_order)
-        with replacing(self.output_dir / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.rows)
+        write_table(self.output_dir / "metrics.csv", self.rows, columns)
         summary: dict[str, Any] = {"pairs": len(self.rows)}
         for name in columns[2:]:
             values = [row[name] for row in self.rows if name in row and np.isfinite(row[name])]
             summary[name] = float(np.mean(values)) if values else None
-        with replacing(self.output_dir / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(self.output_dir / "summary.json", summary)
         shown = {k: summary[k] for k in ("pairs", "dice_before", "dice", "folded_percent", "seconds")}
         print(", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None))
         print(f"Wrote {self.output_dir / 'metrics.csv'} and {self.output_dir / 'summary.json'}")
@@ -322,12 +310,6 @@ class PictureWriter:
         for item in range(len(history[0])):
             suffix = f"_{self.count:04d}" if several else ""
             self.count += 1
-            try:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(
-                    f"output {self.output_dir}: expected a folder that can be written to, found: {error.strerror}"
-                ) from error
             steps = strip([history[i][item] for i in shown], [f"{i} {'step' if i == 1 else 'steps'}" for i in shown])
             write_picture(self.output_dir / f"steps{suffix}.png", steps)
             result = self.output_dir / f"{self.name}{suffix}.png"
@@ -352,9 +334,3 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def _column_order(name: str) -> tuple[int, int]:
     order = ["fixed", "moving", "dice_before", "dice", "folded_percent", "sdlogj", "hd95_mm", "seconds"]
     return (order.index(name), 0) if name in order else (len(order), int(name.rsplit("_", 1)[1]))
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if not np.isfinite(value) else f"{value:.6g}"
-    return value

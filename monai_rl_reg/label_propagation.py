@@ -17,9 +17,9 @@ from monai_rl_reg.atlases import Case, CommonSpace, has_any
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.fusion import disagreement, fuse, local_similarity
 from monai_rl_reg.nifti import read_image
-from monai_rl_reg.quality import plain
 from monai_rl_reg.registration import Registrar, Registration
 from monai_rl_reg.request import Options, Pair
+from monai_rl_reg.tables import plain
 
 AUTO = "auto"
 ROLLOUTS = 4

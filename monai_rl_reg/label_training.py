@@ -20,9 +20,9 @@ from monai_rl_reg.engine import scalars
 from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.finishing import label_dtype
 from monai_rl_reg.handlers import TrainingTime
-from monai_rl_reg.nifti import read_image, replacing, write_image
+from monai_rl_reg.nifti import read_image, write_image
 from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE, WITH_LABELS
-from monai_rl_reg.quality import plain
+from monai_rl_reg.tables import write_json
 
 LATEST, SHIPPED, SCRATCH = "latest", "shipped", "scratch"
 LEAST_LABELLED = 2
@@ -230,8 +230,7 @@ class _Figures:
                 "best_metric_epoch": state.best_metric_epoch,
             },
         }
-        with replacing(self.file) as temporary:
-            temporary.write_text(json.dumps(plain(self.stats), indent=2) + "\n", encoding="utf-8")
+        write_json(self.file, self.stats)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in (losses | metrics).items() if math.isfinite(value))
         self.tell(f"{100 * min(1.0, share):.0f} %, epoch {epoch}: {shown}")
 

@@ -106,12 +106,3 @@ def warnings_about(quality: dict[str, Any]) -> list[str]:
     if quality["folded_percent"] > MOST_FOLDED:
         found.append(f"{quality['folded_percent']:.2g} % of the voxels are folded")
     return found
-
-
-def plain(value: Any) -> Any:
-    """Return a figure as JSON can hold it: what is not a number, or infinite, as null."""
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,9 +23,10 @@ from monai_rl_reg.itk_bridge import write_transform
 from monai_rl_reg.landmarks import Landmarks
 from monai_rl_reg.nifti import name_of, place_warnings, write_displacement, write_image
 from monai_rl_reg.policy_bundle import PolicyBundle, policy_files
-from monai_rl_reg.quality import dice_figures, field_figures, plain, versions, warnings_about
+from monai_rl_reg.quality import dice_figures, field_figures, versions, warnings_about
 from monai_rl_reg.request import Options, Pair
 from monai_rl_reg.stepping import deviation, take_steps
+from monai_rl_reg.tables import write_json
 from monai_rl_reg.working import GivenPair
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,7 @@ class Registration:
 
                 write_report(self, staging / "report.html")
             written = sorted({"quality.json", *(file.name for file in staging.iterdir())})
-            text = json.dumps(plain(self.quality | {"files": written}), indent=2, ensure_ascii=False)
-            (staging / "quality.json").write_text(text + "\n", encoding="utf-8")
+            write_json(staging / "quality.json", self.quality | {"files": written})
 
 
 def _written_before(folder: Path) -> set[str]:

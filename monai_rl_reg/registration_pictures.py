@@ -71,7 +71,7 @@ def draw_pair(item: dict[str, Any]) -> np.ndarray:
             also ``fixed_label``, ``moving_label`` and ``moved_label``.
     """
     image = item["image"]
-    affine = image.affine if isinstance(image, MetaTensor) else torch.eye(image.ndim)
+    affine = image.affine if isinstance(image, MetaTensor) else torch.eye(4)
     grid = ShownGrid(affine, image.shape[1:])
     volumes = {key: _plain(item[key]) for key in ("fixed", "moving", "moved", "pred")}
     labels = {key: _plain(item[key]) for key in ("fixed_label", "moving_label", "moved_label") if key in item}

@@ -134,6 +134,7 @@ class VideoFile:
             raise InputError(f"output {path}: expected a name that ends in .mp4, found {self.path.name}")
         self.rate = Fraction(rate).limit_denominator(100_000)
         self.temporary = self.path.with_name(f".{self.path.name}.tmp.mp4")
+        self.container: Any = None
         self.stream: Any = None
 
     def __enter__(self) -> VideoFile:
@@ -169,7 +170,8 @@ class VideoFile:
         try:
             if kind is None and self.stream is not None:
                 self.container.mux(self.stream.encode())
-            self.container.close()
+            if self.container is not None:
+                self.container.close()
             if kind is None and self.stream is not None:
                 self.temporary.replace(self.path)
         finally:
@@ -196,8 +198,9 @@ class VideoWriter:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _start(self, engine: Engine) -> None:
-        self.file = VideoFile(self.path, self.frames.rate).__enter__()
+        self.file = VideoFile(self.path, self.frames.rate)
         self.bar = tqdm(total=len(self.frames), desc="frames", unit="frame", dynamic_ncols=True)
+        self.file.__enter__()
 
     def _add(self, engine: Engine) -> None:
         results: Any = engine.state.output

@@ -176,5 +176,7 @@ def test_several_pictures_of_one_batch_are_numbered(tmp_path: Path) -> None:
 
 def test_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("in the way")
-    with pytest.raises(InputError, match=f"output {tmp_path / 'out'}: expected a folder that can be written to"):
+    with pytest.raises(
+        InputError, match=f"output {tmp_path / 'out'}/steps.png: expected a folder that can be written to"
+    ):
         run_writer(make_writer(tmp_path / "out"), [greys(0.4)])

@@ -22,8 +22,8 @@ from monai_rl_reg.label_propagation import AUTO
 from monai_rl_reg.label_training import LATEST, SCRATCH, train
 from monai_rl_reg.metrics import mean_label_dice
 from monai_rl_reg.nifti import read_image, read_volume
-from monai_rl_reg.quality import plain
 from monai_rl_reg.request import Options, Pair
+from monai_rl_reg.tables import plain
 
 logger = logging.getLogger(__name__)
 

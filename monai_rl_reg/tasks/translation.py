@@ -74,7 +74,7 @@ class TranslationTask(Task):
         if label is not None and label.shape[2:] != image.shape[2:]:
             raise ValueError(f"expected a label of the image's size {tuple(image.shape[2:])}, got {tuple(label.shape)}")
         image = image.float()
-        state = {"source": image, "prediction": torch.full_like(image[:, :3], GREY)}
+        state = {"source": image, "prediction": image.new_full((len(image), 3, *image.shape[2:]), GREY)}
         return state if label is None else state | {"target": label.float()}
 
     def region(self, x: Tensor) -> Tensor:
