@@ -145,7 +145,8 @@ def one_pair(fixed: str | Path | None = None, moving: str | Path | None = None) 
 def read_digit(path: str | Path) -> Tensor:
     """Read a picture of a digit as (28, 28) uint8, bright ink on a dark ground.
 
-    A picture with a bright edge is taken for ink on paper and inverted; one of another size is padded to a square and
+    A picture with a bright edge is taken for ink on paper and inverted, and what is no brighter than the edge and its
+    noise becomes 0; one of another size is padded to a square and
     resampled.
 
     Raises:
@@ -156,7 +157,10 @@ def read_digit(path: str | Path) -> Tensor:
         raise InputError(f"picture {path}: expected ink on a ground, found the value {picture.min():g} everywhere")
     edge = torch.cat([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
     if edge.median() > (picture.min() + picture.max()) / 2:
-        picture = 1 - picture
+        picture, edge = 1 - picture, 1 - edge
+    ground = edge.median() + 5 * (edge - edge.median()).abs().mean()  # no paper is exactly white, and all ink is > 0
+    if 0 < ground < picture.max():
+        picture = ((picture - ground) / (picture.max() - ground)).clamp(min=0)
     if picture.shape != (SIZE, SIZE):
         rows, columns = (max(picture.shape) - n for n in picture.shape)
         pads = [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]

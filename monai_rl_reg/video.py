@@ -25,6 +25,10 @@ RATE = Fraction(24)
 """Frames a second of a folder of pictures, which does not say."""
 SMALLEST = 12
 """Pixels a side that OpenCV's DIS needs."""
+SAME_RATE = 0.05
+"""Share by which the frame rate that a file names may differ from that of its frames' times."""
+BT709, LIMITED = 1, 1
+"""FFmpeg's numbers for the colours of HD video, and for luma from 16 to 235."""
 
 
 class VideoFrames(Dataset[dict[str, Any]]):
@@ -68,12 +72,12 @@ class VideoFrames(Dataset[dict[str, Any]]):
                 if not container.streams.video:
                     raise ValueError("no video stream")
                 stream = container.streams.video[0]
-                self.rate = Fraction(stream.average_rate)
                 # Containers may not know, and one that was cut counts what it hides; decoding once costs little beside
                 # what is done with the frames.
                 for self.count, frame in enumerate(container.decode(stream), start=1):
                     if self.count == 1:
-                        self.size = _upright(frame).shape[:2]
+                        self.size, first = _upright(frame).shape[:2], frame.time
+                self.rate = _rate(stream.average_rate, self.count, (frame.time or 0) - (first or 0))
         except Exception as error:
             raise InputError(
                 f"video {self.path}: expected a video that can be read, found {self.path.stat().st_size:,} bytes that "
@@ -106,6 +110,16 @@ class VideoFrames(Dataset[dict[str, Any]]):
             for frame in container.decode(video=0):
                 pixels = _upright(frame).astype(np.float32) / 255
                 yield torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _rate(told: Fraction | None, count: int, seconds: float) -> Fraction:
+    """Return frames a second: as the file says, unless its frames' times say otherwise, as of variable rates."""
+    seen = (count - 1) / seconds if count > 1 and seconds > 0 else None
+    if told and (seen is None or abs(seen / told - 1) < SAME_RATE):
+        return Fraction(told)
+    if seen is None:
+        raise ValueError("no frame rate")
+    return Fraction(seen).limit_denominator(1000)
 
 
 def _upright(frame: Any) -> np.ndarray:
@@ -157,12 +171,17 @@ class VideoFile:
             self.stream = self.container.add_stream("libx264", rate=self.rate, options={"crf": "17"})
             self.stream.width, self.stream.height = width, height
             self.stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+            context = self.stream.codec_context  # untagged, players take small frames for BT.601 and large ones for 709
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = LIMITED
         if pixels.shape[:2] != (self.stream.height, self.stream.width):
             raise InputError(
                 f"output {self.path}: expected frames of one size, {self.stream.width} x {self.stream.height}, "
                 f"found one of {pixels.shape[1]} x {pixels.shape[0]}"
             )
-        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        coloured = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        coloured = coloured.reformat(format=self.stream.pix_fmt, dst_colorspace=BT709, dst_color_range=LIMITED)
+        self.container.mux(self.stream.encode(coloured))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

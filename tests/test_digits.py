@@ -152,6 +152,18 @@ def test_ink_on_paper_is_inverted_and_any_size_is_taken(tmp_path: Path) -> None:
     assert int(picture[:, 0].max()) == 0
 
 
+@pytest.mark.parametrize("noise", [0, 6])
+def test_paper_that_is_not_white_is_no_ink(noise: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    paper = 240 + generator.integers(-noise, noise + 1, (40, 40))
+    paper[10:30, 18:22] = 30
+    Image.fromarray(paper.astype(np.uint8)).save(tmp_path / "paper.png")
+    digit = read_digit(tmp_path / "paper.png")
+    ink = ink_masks(digit[None] / 255)[0]
+    assert 0.04 < float(ink.mean()) < 0.12  # 0.05 of it is drawn, and its edges spread by a pixel
+    assert int(digit.max()) > 200
+
+
 def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "no.npz").write_text("not an archive")
     np.savez(tmp_path / "keys.npz", x=np.zeros(3))

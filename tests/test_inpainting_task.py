@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.inpainting import InpaintingTask
@@ -109,3 +110,9 @@ def test_wrong_views_and_shapes_are_refused() -> None:
         InpaintingTask(views=3)
     with pytest.raises(ValueError, match="expected images of shape"):
         InpaintingTask().reset(torch.rand(3, 12, 16))
+
+
+@pytest.mark.parametrize("hole", [0.0, -0.5, 1.5])
+def test_a_hole_is_a_share(hole: float) -> None:
+    with pytest.raises(InputError, match="hole: expected a share above 0 and up to 1"):
+        InpaintingTask(hole=hole)

@@ -60,6 +60,13 @@ def test_first_state_of_photo_translation_is_grey_beside_the_source() -> None:
     assert torch.equal(task.observe(state), torch.cat([image, state["prediction"]], 1))
 
 
+def test_a_grey_source_gives_a_coloured_prediction() -> None:
+    task = TranslationTask()
+    state = task.reset(torch.rand(2, 1, 16, 16))
+    assert state["prediction"].shape == (2, 3, 16, 16)
+    assert task.observe(state).shape == (2, 4, 16, 16)
+
+
 def test_inference_needs_no_target() -> None:
     task = TranslationTask()
     state = task.reset(torch.rand(2, 3, 12, 16))

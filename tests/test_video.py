@@ -6,6 +6,7 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.blocks import Warp
@@ -16,7 +17,7 @@ from monai_rl_reg.errors import InputError
 from monai_rl_reg.pictures import write_picture
 from monai_rl_reg.video import VideoFile, VideoFrames, flows_between, list_clips, optical_flow, temporal_error
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 pytest.importorskip("cv2")
 
 
@@ -46,6 +47,36 @@ def test_size_rate_and_frames_are_kept(size: tuple[int, int], rate: Fraction, tm
         assert (read[i]["image"] - frame).abs().mean() < 0.06, "colours are kept at half the resolution"
     assert (read[1]["image"] - frames[1]).abs().mean() < 0.06, "going back"
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (720, 1280)])
+def test_players_are_told_the_colours(size: tuple[int, int], tmp_path: Path) -> None:
+    colour = torch.tensor([40, 160, 60])[:, None, None].expand(3, *size) / 255
+    with VideoFile(tmp_path / "clip.mp4", 24) as file:
+        file.add(colour)
+        file.add(colour)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+        frame = next(container.decode(video=0))
+        luma = frame.to_ndarray()[: size[0]].mean()  # BT.601 would make it 113
+    assert abs(luma - (16 + 219 / 255 * (0.2126 * 40 + 0.7152 * 160 + 0.0722 * 60))) < 1.5
+    assert (VideoFrames(tmp_path / "clip.mp4")[0]["image"] - colour).abs().mean() < 0.015
+
+
+def test_a_clip_of_variable_rate_lasts_as_long_as_it_did(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "clip.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=1000)
+        stream.width = stream.height = 64
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in (0, 100, 700, 1000, 1900, 2500, 3000):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 90, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames = VideoFrames(tmp_path / "clip.mkv")
+    assert len(frames) == 7
+    assert float(frames.rate) == pytest.approx(2, abs=0.05)
 
 
 def test_an_interrupted_clip_leaves_the_old_one(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.tasks.task import State
 from monai_rl_reg.tasks.translation import GREY, TranslationTask
 
@@ -37,6 +38,7 @@ class InpaintingTask(TranslationTask):
 
     Raises:
         ValueError: if ``views`` is another number.
+        InputError: if ``hole`` is not above 0 and up to 1.
     """
 
     replay_keys: tuple[str, ...] = ("source", "prediction", "target", "looks")
@@ -45,6 +47,8 @@ class InpaintingTask(TranslationTask):
         super().__init__(**options)
         if views not in (1, 2, 4):
             raise ValueError(f"views must be 1, 2 or 4, got {views}")
+        if not 0 < hole <= 1:
+            raise InputError(f"hole: expected a share above 0 and up to 1, found {hole}")
         self.hole = hole
         self.views = views
 
