@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import random
 import re
 import time
@@ -24,6 +25,9 @@ from monai_rl_reg.nifti import replacing
 NUMBERED = re.compile(r"checkpoint_epoch=(\d+)\.pt")
 LEFTOVER = re.compile("tmp[a-z0-9_]{8}")
 """Names of the files that a killed save leaves, which Python's ``tempfile`` chose."""
+
+_claimed: list[int] = []
+"""Handles of the folders that this process holds locked, until it ends."""
 
 
 class SafeCheckpointSaver(CheckpointSaver):
@@ -163,7 +167,7 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
     Among distributed processes the first one does it and the others wait.
 
     Raises:
-        InputError: if the folder cannot be made or written to.
+        InputError: if the folder cannot be made or written to, or another training is writing to it.
     """
     folder = Path(output_dir)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -171,11 +175,14 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
         torch.distributed.barrier()
         return folder
     try:
+        if folder.is_dir():
+            _claim(folder)
         if not resume and any(folder.glob("checkpoint*.pt")):
             aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
             folder.rename(aside)
             print(f"Moved the earlier run in {folder} to {aside}")
         folder.mkdir(parents=True, exist_ok=True)
+        _claim(folder)
         of_epochs = [path for path in folder.glob("checkpoint_epoch=*.pt") if NUMBERED.fullmatch(path.name)]
         for outdated in sorted(of_epochs, key=_epoch)[:-2]:
             outdated.unlink()  # the process that saved them is gone, and with it its count of what to keep
@@ -193,6 +200,29 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
     if distributed:
         torch.distributed.barrier()
     return folder
+
+
+def _claim(folder: Path) -> None:
+    """Keep other processes from training into a folder for as long as this one lives, where the system has locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    if any(os.path.samestat(os.fstat(held), folder.stat()) for held in _claimed):
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(
+            f"output {folder}: expected a folder that no other training is writing to, found that one is (give each an "
+            "output_dir of its own)"
+        ) from error
+    except OSError:  # a file system without locks
+        os.close(handle)
+    else:
+        _claimed.append(handle)
 
 
 def latest_checkpoint(output_dir: str) -> str | None:

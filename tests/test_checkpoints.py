@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,25 @@ def test_start_from_weights_that_do_not_fit_is_one_sentence(tmp_path: Path) -> N
         torch.testing.assert_close(start("model.pt", content).state_dict(), weights)
     with pytest.raises(InputError, match=r"other\.pt: expected the weights of this configuration's network"):
         start("other.pt", {"network": torch.nn.Linear(3, 2).state_dict()})
+
+
+def test_two_trainings_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    program = f"from monai_rl_reg.checkpoints import prepare_output; prepare_output({str(folder)!r}); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdin is not None
+        assert first.stdout is not None
+        first.stdout.readline()
+        first.stdout.readline()
+        (folder / "checkpoint_final.pt").write_text("")
+        for resume in (False, True):
+            with pytest.raises(InputError, match="no other training is writing to"):
+                prepare_output(str(folder), resume=resume)
+        assert (folder / "checkpoint_final.pt").exists()
+        first.stdin.write("\n")
+    prepare_output(str(folder), resume=True)
+    prepare_output(str(folder), resume=True)  # the same process may
+    prepare_output(str(folder))
+    assert len(list(tmp_path.iterdir())) == 2
