@@ -23,6 +23,7 @@ from monai_rl_reg.handlers import TrainingTime
 from monai_rl_reg.nifti import read_image, write_image
 from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE, WITH_LABELS
 from monai_rl_reg.tables import write_json
+from monai_rl_reg.working import coarser_voxels
 
 LATEST, SHIPPED, SCRATCH = "latest", "shipped", "scratch"
 LEAST_LABELLED = 2
@@ -33,6 +34,8 @@ QUIET = ("TrainingProgress", "TensorBoardStatsHandler", "RegistrationPictures")
 """Handlers of the bundle that show progress elsewhere."""
 FINE_TUNING = 0.1
 """Share of the bundle's learning rate for weights that are trained already."""
+MOST_VOXELS = 1_000_000
+"""Larger images are trained on with larger voxels: a hundred states of several structures have to fit into memory."""
 MOST_EPOCHS = 1_000_000
 """The minutes end a training."""
 
@@ -161,6 +164,9 @@ def train(
     values |= {"train::dataset::progress": False, "validate::dataset::progress": False}
     if labelled:
         values["labels"] = list(names.values())
+    if (pixdim := coarser_voxels(read_image(cases[0].image, spatial_dims=None), MOST_VOXELS)) is not None:
+        tell(f"large images: training with voxels of {' x '.join(f'{size:.2g}' for size in pixdim)} mm")
+        values["pixdim"] = pixdim
     if device is not None:
         values["device"] = f"$torch.device({device!r})"
     parser = ConfigParser()

@@ -234,6 +234,12 @@ def _trained_at(bundle: PolicyBundle, fixed: MetaTensor) -> list[float] | None:
     return trained
 
 
+def coarser_voxels(image: MetaTensor, most: int) -> list[float] | None:
+    """Return the voxel size in mm, in RAS order, at which an image has no more voxels; None where it has not now."""
+    spacing = _too_fine(image, None, most)
+    return None if spacing is None else [max(own, spacing) for own in _along_ras(image)[1]]
+
+
 def _too_fine(fixed: MetaTensor, pixdim: Any, most: int) -> float | None:
     """Return the spacing in mm to coarsen to, or None where the bundle's working grid is small enough."""
     d = fixed.ndim - 1

@@ -8,10 +8,12 @@ import pytest
 import torch
 from test_atlases import cases_of
 
+from monai_rl_reg import label_training
 from monai_rl_reg.atlases import Case
-from monai_rl_reg.checkpoints import structures_in
+from monai_rl_reg.checkpoints import structures_in, voxel_size_in
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.label_training import Weights, split_cases, train
+from monai_rl_reg.nifti import read_image
 from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE
 
 NAMES = {"a": 1, "b": 2, "c": 3, "d": 4}
@@ -106,3 +108,18 @@ def test_training_leaves_better_weights_and_figures(cohort: Path, tmp_path: Path
     assert again["start"] == str(path)
     assert again["metrics_before"]["dice"] == pytest.approx(stats["best_metric"], abs=2e-3)
     assert all(torch.isfinite(torch.tensor(value)) for value in again["eval"]["metrics"].values())
+
+
+def test_large_images_are_trained_on_with_larger_voxels(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_training, "MOST_VOXELS", 3000)
+    weights, lines = Weights(tmp_path / "weights"), list[str]()
+    cases = cases_of(cohort, labelled=0)[:3]
+    train(cases, {}, weights, minutes=0.001, start="scratch", device="cpu", tell=lines.append)
+    size = voxel_size_in(str(weights.path()))
+    before = read_image(cases[0].image)
+    assert size is not None
+    assert min(size) > 1.2
+    assert before.numel() / float(torch.tensor(size).prod()) == pytest.approx(3000, rel=0.2)  # of 1 mm each
+    assert lines[0].startswith("large images: training with voxels of")
