@@ -14,8 +14,8 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from monai_rl_reg.finishing import Correspondence, label_dtype
-from monai_rl_reg.geometry import DenseTransform
+from monai_rl_reg.finishing import label_dtype
+from monai_rl_reg.geometry import reduced, sample, slabs, transform_points
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 from monai_rl_reg.metrics import label_dice
 from monai_rl_reg.transforms import scale_percentiles_to_unit
@@ -42,24 +42,45 @@ def fuse(labels: Sequence[MetaTensor], displacements: Sequence[MetaTensor], weig
         weights: (1, *fixed), of each atlas; less than :data:`LEAST_WEIGHT` counts as that.
     """
     weights = [weight.clamp(min=LEAST_WEIGHT) for weight in weights]
-    identity = torch.eye(4, dtype=torch.float64)
-    ways = []
-    for displacement in displacements:
-        field = DenseTransform(displacement.as_tensor(), displacement.affine)
-        ways.append(Correspondence(identity, field, field))
+    places = [_landing(displacement, label.affine) for displacement, label in zip(displacements, labels, strict=True)]
     background = torch.stack(weights).sum(0)
     most = torch.zeros_like(background)
     fused = torch.zeros_like(background, dtype=torch.int32)
     for value in sorted({int(v) for label in labels for v in torch.unique(label.as_tensor()) if v > 0}):
         votes = torch.zeros_like(background)  # one label at a time: memory does not grow with their number
-        for label, way, weight in zip(labels, ways, weights, strict=True):
-            region = MetaTensor((label.as_tensor() == value).float(), affine=label.affine)
-            votes += weight * way.move(region).as_tensor()
+        for label, place, weight in zip(labels, places, weights, strict=True):
+            there, share = _shares(label.as_tensor() == value, place)
+            votes[:, there] += weight[:, there] * share
         background -= votes
         fused[votes > most] = value
         most = torch.maximum(votes, most)
     fused[background > most] = 0
     return MetaTensor(fused.to(label_dtype(fused)), affine=displacements[0].affine)
+
+
+def _landing(displacement: MetaTensor, affine: Tensor) -> Tensor:
+    """Return where the voxels of a field's grid come to lie, (d, *fixed), in voxels of a grid with this affine."""
+    d, shape = len(displacement), displacement.shape[1:]
+    to_moving, place = reduced(torch.linalg.inv(affine.double()), d), torch.empty(d, *shape)
+    for rows, world in slabs(reduced(displacement.affine.double(), d), shape):
+        place[:, rows] = transform_points(to_moving, world + displacement.as_tensor()[:, rows]).float()
+    return place
+
+
+def _shares(region: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which voxels (*fixed) may come to lie in a region (1, *moving), and the share of it at each, (1, N).
+
+    Only these are looked up, in the region's own box: with many labels a whole volume for each would take minutes.
+    """
+    found = region[0].nonzero()
+    if not len(found):
+        return torch.zeros(place.shape[1:], dtype=torch.bool), torch.zeros(1, 0)
+    low, high = found.amin(0), found.amax(0)
+    column = (-1, *[1] * (place.ndim - 1))
+    there = ((place > (low - 1).reshape(column)) & (place < (high + 1).reshape(column))).all(0)
+    begin = (low - 1).clamp(min=0)  # a margin of a voxel, but where the image ends the region ends as the image does
+    box = tuple(slice(int(a), int(b) + 2) for a, b in zip(begin, high, strict=True))
+    return there, sample(region[0][box][None].float(), place[:, there] - begin[:, None], outside="zeros")
 
 
 def disagreement(maps: Sequence[Tensor]) -> float:

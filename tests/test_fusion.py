@@ -4,7 +4,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from monai_rl_reg.finishing import Correspondence
 from monai_rl_reg.fusion import disagreement, fuse, local_similarity
+from monai_rl_reg.geometry import DenseTransform
 
 AFFINE = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64))
 
@@ -31,6 +33,31 @@ def test_labels_follow_the_displacement() -> None:
     field[0] = 4.0  # millimetres: two voxels along the first axis
     fused = fuse([block(4, 8)], [field], [torch.ones(1, 12, 12, 12)])
     assert torch.equal(fused.as_tensor(), block(2, 6).as_tensor().to(torch.uint8))
+
+
+@pytest.mark.parametrize("size", [(14, 12, 10), (16, 12)])
+def test_votes_are_those_of_whole_volumes(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    d = len(size)
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:d, :d] = torch.tensor([[1.5, 0.2, 0.0], [-0.2, 1.1, 0.1], [0.0, 0.1, 0.9]])[:d, :d]
+    labels = [MetaTensor(torch.randint(0, 4, (1, *size)).float(), affine=affine) for _ in range(3)]
+    labels[0][:, 3:] = 0
+    labels[1][labels[1] == 2] = 0
+    fields = [MetaTensor(4 * torch.randn(d, *size), affine=AFFINE) for _ in range(3)]
+    weights = [torch.rand(1, *size) + 0.1 for _ in range(3)]
+    votes = torch.zeros(4, *size)
+    for label, field, weight in zip(labels, fields, weights, strict=True):
+        way = DenseTransform(field.as_tensor(), field.affine)
+        for value in (1, 2, 3):
+            region = MetaTensor((label.as_tensor() == value).float(), affine=affine)
+            moved = Correspondence(torch.eye(4, dtype=torch.float64), way, way).move(region)
+            votes[value] += weight[0] * moved.as_tensor()[0]
+    votes[0] = sum(weight[0] for weight in weights) - votes[1:].sum(0)
+    top = votes.topk(2, dim=0).values
+    clear = top[0] - top[1] > 1e-4
+    assert clear.float().mean() > 0.9
+    assert torch.equal(fuse(labels, fields, weights).as_tensor()[0][clear], votes.argmax(0)[clear].to(torch.uint8))
 
 
 def test_the_majority_wins_unless_the_weights_say_otherwise() -> None:
