@@ -47,9 +47,14 @@ class SafeCheckpointSaver(CheckpointSaver):
                     saver.remove = lambda filename: None
 
     def attach(self, engine: Engine) -> None:
-        """Follow this engine, and save its counters as ``trainer`` where checkpoints are for resuming."""
+        """Follow this engine, and save its counters as ``trainer`` where checkpoints are for resuming.
+
+        So is, of a training in half precision, what it scales gradients by.
+        """
         if self._interval_checkpoint is not None:
             self.save_dict["trainer"] = engine
+            if (scaler := _scaler(engine)) is not None:
+                self.save_dict["scaler"] = scaler
         super().attach(engine)
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,9 +81,17 @@ class ResumeTraining(CheckpointLoader):
             print(f"No checkpoint in {self.folder} yet: starting from the beginning")
             return
         self.load_dict["trainer"] = engine
+        scaler = _scaler(engine)
+        if scaler is not None and "scaler" in load_checkpoint(self.load_path):  # it may have begun in full precision
+            self.load_dict["scaler"] = scaler
         super().attach(engine)
         engine.add_event_handler(Events.STARTED, _reseed)
         print(f"Resuming from {self.load_path}")
+
+
+def _scaler(engine: Engine) -> Any:
+    scaler = getattr(engine, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def _reseed(engine: Engine) -> None:

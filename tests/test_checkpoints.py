@@ -16,6 +16,7 @@ from monai.utils import set_determinism
 from monai_rl_reg.checkpoints import (
     RandomState,
     ResumeTraining,
+    SafeCheckpointSaver,
     StartFrom,
     latest_checkpoint,
     load_checkpoint,
@@ -81,6 +82,25 @@ def test_a_resumed_training_does_not_repeat_the_augmentation_of_its_beginning(tm
     resumed = run(tmp_path)
     assert not any(torch.equal(resumed[0], x) for x in first)
     set_determinism(None)
+
+
+@pytest.mark.parametrize(("first", "second", "found"), [(True, True, 8.0), (False, True, 65536.0), (True, False, 1.0)])
+def test_a_resumed_training_scales_gradients_as_before(first: bool, second: bool, found: float, tmp_path: Path) -> None:
+    def run(enabled: bool, scale: float | None) -> float:
+        engine = Engine(lambda engine, batch: None)
+        engine.data_loader = DataLoader(Dataset([0]), num_workers=0)  # type: ignore[attr-defined]
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        engine.scaler = scaler  # type: ignore[attr-defined]
+        ResumeTraining(str(tmp_path), {"random": RandomState()}).attach(engine)
+        saver = SafeCheckpointSaver(str(tmp_path), {"random": RandomState()}, save_interval=1)
+        saver.attach(engine)
+        if scale is not None and enabled:
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
+        engine.run([0], max_epochs=1 if scale is not None else 2)
+        return float(scaler.get_scale())
+
+    run(first, 8.0)
+    assert run(second, None) == found
 
 
 def test_newest_checkpoint_and_leftovers_go_by_names_and_content(tmp_path: Path) -> None:
