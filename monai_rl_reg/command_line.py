@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
     model = command.add_argument_group("model")
     add = model.add_argument
-    add("--bundle", metavar="DIR", help="registration bundle (default: bundles/rl_reg of the repository)")
+    add("--bundle", metavar="DIR", help="registration bundle (default: the package's rl_reg)")
     add("--ckpt", metavar="FILE", help="weights (default: the bundle's)")
     add("--device", metavar="NAME", help="cpu, cuda:0, ... (default: CUDA if there is one)")
 
@@ -111,10 +111,11 @@ def parser() -> argparse.ArgumentParser:
         "training saw")  # fmt: skip
     add("--witness", metavar="FILE", help="weights of a training with labels, whose networks bear witness (default: "
         "those of the policy itself)")  # fmt: skip
-    add("--bundle", metavar="DIR", help="registration bundle (default: bundles/rl_reg of the repository)")
+    add("--bundle", metavar="DIR", help="registration bundle (default: the package's rl_reg)")
     add("--device", metavar="NAME", help="cpu, cuda:0, ... (default: CUDA if there is one)")
     add("-q", "--quiet", action="store_true", help="show no progress")
     commands.add_parser("label-app", help="print the folder of the MONAI Label app, for monailabel start_server --app")
+    commands.add_parser("bundles", help="print the folder of the bundles, for monai.bundle run --config_file")
     return top
 
 
@@ -124,6 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = top.parse_args(arguments)
     if args.command == "label-app":
         print(Path(__file__).with_name("label_app"))
+        return 0
+    if args.command == "bundles":
+        with quick_imports():
+            from monai_rl_reg.policy_bundle import BUNDLES
+        print(BUNDLES)
         return 0
     if args.command == "register":
         _check(top, args)

@@ -134,7 +134,7 @@ def calibrate(
         ckpt: the policy's weights; the file gets the judge beside them.
         witness: checkpoint of a training with labels, or of its network that sees structures, which bears witness. By
             default the policy's own does, where it was trained with labels.
-        bundle: folder of the bundle; by default ``bundles/rl_reg`` of the repository.
+        bundle: folder of the bundle; by default the package's ``rl_reg``.
         device: where to compute.
         progress: show a progress bar.
 

@@ -145,7 +145,7 @@ def train(
         minutes: to train for.
         start: weights to go on from: ``latest``, ``shipped``, a training's name; ``scratch`` for none. Where they see
             another number of structures than there are labels, the shipped ones that see as many, else none.
-        bundle: its folder; by default ``bundles/rl_reg`` of the repository.
+        bundle: its folder; by default the package's ``rl_reg``.
         device: where to compute; by default the configuration's choice.
         tell: gets a line an epoch.
 

@@ -27,7 +27,10 @@ from monai_rl_reg.similarity import Similarity
 from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.tasks.task import State, Task
 
-DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "rl_reg"
+_package = Path(__file__).resolve().parent
+BUNDLES = next((p for p in (_package / "bundles", _package.parent / "bundles") if p.is_dir()), Path("bundles"))
+"""The folder of the bundles: inside the package where it was installed, beside it in the repository."""
+DEFAULT_BUNDLE = BUNDLES / "rl_reg"
 CONFIG = Path("configs") / "inference.json"
 WITH_LABELS = "with_labels.json"
 """Laid over ``train.json`` to train a policy that sees structures."""
@@ -37,14 +40,13 @@ def bundle_folder(name: str) -> str:
     """Return the folder of the bundle that is run, for its configurations' ``bundle_root``.
 
     It is that of the first ``--config_file`` on the command line, so that a copy of a bundle uses its own weights, from
-    whatever folder it is run; else the working folder, the ``bundles`` in it, or those beside this package, wherever
-    there is one of this name.
+    whatever folder it is run; else the working folder, the ``bundles`` in it, or :data:`BUNDLES`, wherever there is one
+    of this name.
     """
     line = " ".join(sys.argv[1:])
     given = re.search(r"--config_file[= ]+(?:\[\s*)?(['\"]?)(?P<path>.+?\.(?:json|yaml|yml))\1(?=[\s,\]]|$)", line)
     found = [Path(given["path"]).parent.parent] if given else []
-    beside = DEFAULT_BUNDLE.parent / name
-    for folder in [*found, Path(), Path("bundles") / name, beside]:
+    for folder in [*found, Path(), Path("bundles") / name, BUNDLES / name]:
         if (folder / "configs" / "metadata.json").is_file() or (folder in found and (folder / "configs").is_dir()):
             return str(folder)
     return "."
@@ -115,7 +117,7 @@ class PolicyBundle:
         witness: sees structures in the images, by which the judge judges: its own, else the policy's, if it has any.
 
     Args:
-        folder: the bundle; by default ``bundles/rl_reg`` of the repository that this package lies in.
+        folder: the bundle; by default the package's ``rl_reg``.
         ckpt: weights; by default those that the configuration names.
         device: where to compute, for example ``cuda:0``; by default the configuration's choice.
         spatial_dims: 2 or 3.

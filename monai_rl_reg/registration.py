@@ -145,7 +145,7 @@ class Registrar:
     """Registers pairs with one policy: the bundle is loaded once.
 
     Args:
-        bundle: its folder; by default ``bundles/rl_reg`` of the repository.
+        bundle: its folder; by default the package's ``rl_reg``.
         ckpt: weights; by default the bundle's own.
         device: where to compute, for example ``cpu`` or ``cuda:0``; by default the bundle's choice.
     """
@@ -313,7 +313,7 @@ def register(
         uncertainty: rollouts of sampled plans; 0 for none.
         initial: ``auto``, ``none``, or the path of an ITK transform.
         by_label: go by the moving label's structures instead of what the policy sees of them in the moving image.
-        bundle: folder of the bundle; by default ``bundles/rl_reg`` of the repository.
+        bundle: folder of the bundle; by default the package's ``rl_reg``.
         ckpt: weights; by default the bundle's own.
         device: where to compute, for example ``cpu`` or ``cuda:0``.
         progress: show a progress bar.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from monai_rl_reg import command_line
 from monai_rl_reg.command_line import main
@@ -40,6 +43,33 @@ def test_the_label_app_is_where_it_says() -> None:
     done = run("label-app")
     assert done.returncode == 0
     assert (Path(done.stdout.strip()) / "main.py").is_file()
+
+
+def test_the_bundles_are_where_it_says() -> None:
+    done = run("bundles")
+    assert done.returncode == 0
+    assert (Path(done.stdout.strip()) / "rl_reg" / "configs" / "train.json").is_file()
+
+
+def test_an_installed_package_has_the_bundles_inside(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("monai_rl_reg", "bundles"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"], cwd=tmp_path, check=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "monai_rl_reg", "bundles"],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    inside = tmp_path / "lib" / "monai_rl_reg" / "bundles"
+    assert Path(done.stdout.strip()) == inside, done.stderr
+    assert (inside / "rl_reg" / "models" / "model.pt").is_file()
 
 
 def test_a_pair_from_end_to_end(files: dict[str, str], tmp_path: Path) -> None:
