@@ -159,19 +159,19 @@ class RandomState:
             np.random.seed(seed)
 
 
-class VoxelSize:
-    """The voxel size of a training as something that a checkpoint can hold.
+class Kept:
+    """Plain values by name, as something that a checkpoint can hold: what a registration must do as its training did.
 
-    Args:
-        dataset: of the training; its ``voxel_size`` in mm in each direction, if it has one.
+    :func:`voxel_size_in` finds the ``millimetres`` kept as ``voxel_size``, :func:`intensity_range_in` the ``values``
+    kept as ``intensity_range``.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.millimetres: list[float] | None = getattr(dataset, "voxel_size", None)
+    def __init__(self, **values: Any) -> None:
+        self.values = values
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what :func:`voxel_size_in` finds."""
-        return {"millimetres": self.millimetres}
+        """Return the values."""
+        return self.values
 
 
 def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
@@ -351,6 +351,18 @@ def voxel_size_in(path: str) -> list[float] | None:
     checkpoint = load_checkpoint(path)
     saved = checkpoint.get("voxel_size", {}) if isinstance(checkpoint, dict) else {}
     found: list[float] | None = saved.get("millimetres")
+    return found
+
+
+def intensity_range_in(path: str) -> list[float] | None:
+    """Return the intensities that became 0 and 1 in a checkpoint's training; None where it went by percentiles.
+
+    Raises:
+        InputError: if the file is missing or is no checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    saved = checkpoint.get("intensity_range", {}) if isinstance(checkpoint, dict) else {}
+    found: list[float] | None = saved.get("values")
     return found
 
 

@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
 from monai_rl_reg.atlases import Case
-from monai_rl_reg.checkpoints import guided_in, load_policy, prepare_output, structures_in
+from monai_rl_reg.checkpoints import guided_in, intensity_range_in, load_policy, prepare_output, structures_in
 from monai_rl_reg.engine import scalars
 from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.finishing import label_dtype
@@ -181,7 +181,7 @@ def train(
     began = _first_weights(weights, start, root, structures=len(names) if labelled else 0)
     if began is not None:
         values["learning_rate"] = FINE_TUNING * config["learning_rate"]
-        values["guided"] = guided_in(str(began))
+        values |= {"guided": guided_in(str(began)), "intensity_range": intensity_range_in(str(began))}
     parser.update(values)
     for handler in [*config["train"]["handlers"], *config["validate"]["handlers"]]:
         if isinstance(handler, dict) and handler["_target_"].rpartition(".")[2] in QUIET:

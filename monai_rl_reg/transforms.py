@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,18 +72,57 @@ def scale_percentiles_to_unit(image: Tensor, lower: float = 0.5, upper: float = 
     return convert_to_tensor(scale(image), track_meta=isinstance(image, MetaTensor))
 
 
-class ScalePercentilesToUnitd(MapTransform):
-    """:func:`scale_percentiles_to_unit` of the images under some keys."""
+class ScaleToUnitd(MapTransform):
+    """Bring the intensities of the images under some keys to 0 to 1: a range of them, or each image's percentiles.
 
-    def __init__(self, keys: KeysCollection, lower: float = 0.5, upper: float = 99.5) -> None:
+    Args:
+        keys: of the images.
+        intensity_range: what becomes 0 and 1, clipped beyond, as the window of a CT; None goes by percentiles, as
+            :func:`scale_percentiles_to_unit` does.
+        lower: percentile.
+        upper: likewise.
+
+    Raises:
+        InputError: if the range is not two rising numbers.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        intensity_range: Sequence[float] | None = None,
+        *,
+        lower: float = 0.5,
+        upper: float = 99.5,
+    ) -> None:
         super().__init__(keys)
-        self.lower = lower
-        self.upper = upper
+        self.scale: Callable[[Tensor], Tensor] = partial(scale_percentiles_to_unit, lower=lower, upper=upper)
+        if intensity_range is not None:
+            low, high = _rising(intensity_range)
+            self.scale = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the dictionary with the images scaled."""
-        scaled = {key: scale_percentiles_to_unit(data[key], self.lower, self.upper) for key in self.key_iterator(data)}
-        return dict(data) | scaled
+        """Return the dictionary with the images scaled.
+
+        Raises:
+            InputError: if an image has nothing inside the range.
+        """
+        scaled = dict(data)
+        for key in self.key_iterator(data):
+            scaled[key] = self.scale(data[key])
+            if scaled[key].min() == scaled[key].max():
+                raise InputError(
+                    f"image {name_of(data[key])}: expected contrast inside the intensity range, found values from "
+                    f"{float(data[key].min()):g} to {float(data[key].max()):g}"
+                )
+        return scaled
+
+
+def _rising(intensity_range: Any) -> tuple[float, float]:
+    with contextlib.suppress(TypeError, ValueError):
+        low, high = map(float, intensity_range)
+        if -math.inf < low < high < math.inf:
+            return low, high
+    raise InputError(f"intensity_range: expected two rising numbers, such as [-160, 240], found {intensity_range!r}")
 
 
 class MovingToFixedGridd(Transform):

@@ -17,12 +17,13 @@ from monai.transforms import ScaleIntensityRangePercentiles, Spacingd
 from oblique_pair import oblique
 from torch.nn import functional as F
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.handlers import write_result
 from monai_rl_reg.transforms import (
     FinishOnFixedGridd,
     LoadCased,
     MovingToFixedGridd,
-    ScalePercentilesToUnitd,
+    ScaleToUnitd,
     scale_percentiles_to_unit,
 )
 
@@ -178,5 +179,24 @@ def test_an_image_that_is_nearly_everywhere_the_same_is_scaled_too() -> None:
     torch.testing.assert_close(scale_percentiles_to_unit(image), usual)
     spots = torch.full((1, 20, 20, 20), -7.0)
     spots[0, 3:5, 3:5, 3:5] = torch.rand(2, 2, 2) * 9e5
-    scaled = ScalePercentilesToUnitd("image")({"image": spots, "file": "x"})
+    scaled = ScaleToUnitd("image")({"image": spots, "file": "x"})
     assert (float(scaled["image"].min()), float(scaled["image"].max()), scaled["file"]) == (0.0, 1.0, "x")
+
+
+def test_a_range_of_intensities_is_what_becomes_0_and_1() -> None:
+    air, water, bone = -1000.0, 0.0, 1500.0
+    ct = torch.tensor([air, -160.0, water, 40.0, 240.0, bone]).reshape(1, 6, 1, 1)
+    scaled = ScaleToUnitd("image", [-160, 240])({"image": ct})["image"]
+    torch.testing.assert_close(scaled.flatten(), torch.tensor([0, 0, 0.4, 0.5, 1, 1]))
+
+
+@pytest.mark.parametrize("wrong", [[240, -160], [1], "window", [0, float("nan")], [1, 1], 5])
+def test_a_range_of_intensities_rises(wrong: object) -> None:
+    with pytest.raises(InputError, match="intensity_range: expected two rising numbers"):
+        ScaleToUnitd("image", wrong)  # type: ignore[arg-type]
+
+
+def test_an_image_outside_the_range_of_intensities_is_refused() -> None:
+    image = MetaTensor(torch.rand(1, 4, 4, 4), affine=torch.eye(4), meta={"filename_or_obj": "mr.nii.gz"})
+    with pytest.raises(InputError, match=r"mr.nii.gz: expected contrast inside the intensity range, found values from"):
+        ScaleToUnitd("image", [100, 200])({"image": image})

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, run_bundle
 from monai.data import MetaTensor
 
-from monai_rl_reg.checkpoints import load_checkpoint, voxel_size_in
+from monai_rl_reg.checkpoints import intensity_range_in, load_checkpoint, voxel_size_in
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.nifti import read_image
 from monai_rl_reg.policy_bundle import PolicyBundle
@@ -70,6 +71,18 @@ def test_a_training_keeps_its_voxel_size_in_the_checkpoint(trained: Path) -> Non
     assert all(0.5 < size < 2.5 for size in found)
     checkpoint = load_checkpoint(str(trained / "model.pt"))
     assert checkpoint["voxel_size"] == {"millimetres": found}
+
+
+def test_a_training_keeps_its_range_of_intensities_and_registering_goes_by_it(
+    cohort: Path, images: list[MetaTensor], tmp_path: Path
+) -> None:
+    how = SMALL | {"epoch_length": 1, "output_dir": tmp_path, "intensity_range": "[100,300]"}
+    done = run_bundle("training", "train", dataset_dir=cohort, **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ckpt = str(tmp_path / "model.pt")
+    assert intensity_range_in(ckpt) == [100, 300]
+    working = GivenPair(PolicyBundle(ckpt=ckpt, device="cpu"), *images).onto_fixed(HERE)
+    torch.testing.assert_close(working.image[:1].as_tensor(), ((images[0] - 100) / 200).clamp(0, 1).as_tensor())
 
 
 def by_brightness(network: object, image: torch.Tensor) -> torch.Tensor:
