@@ -15,9 +15,9 @@ from torch import Tensor
 
 from monai_rl_reg.affine import align
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.files import file_stamp, replacing
 from monai_rl_reg.geometry import identity_grid, reduced, sample, transform_points
-from monai_rl_reg.nifti import read_image, read_label, replacing
-from monai_rl_reg.policy_bundle import file_stamp
+from monai_rl_reg.nifti import read_image, read_label
 
 GENERATED = "label_"
 """What the labels of a map without names are called by, with their values behind it."""

@@ -22,9 +22,7 @@ from tqdm import tqdm
 
 from monai_rl_reg.data import read_pairs, read_table
 from monai_rl_reg.errors import InputError, find_input_error
-from monai_rl_reg.folders import drop_leftovers
-from monai_rl_reg.nifti import replacing
-from monai_rl_reg.policy_bundle import file_stamp
+from monai_rl_reg.files import drop_leftovers, file_stamp, replacing
 from monai_rl_reg.registration import Registrar, keep_inputs
 from monai_rl_reg.request import Options, Pair
 from monai_rl_reg.tables import plain, write_table

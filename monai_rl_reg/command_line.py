@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from monai_rl_reg import __version__
-from monai_rl_reg.errors import find_input_error
+from monai_rl_reg.errors import InputError, find_input_error
 from monai_rl_reg.memory import quick_imports
 
 DESCRIPTION = """\
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.command == "calibrate":
             return _calibrate(args)
+        args.options = _options(top, args)
         return _register_pairs(args) if args.pairs else _register(args)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -163,6 +165,16 @@ def _check(top: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         top.error("--resume goes with --pairs")
 
 
+def _options(top: argparse.ArgumentParser, args: argparse.Namespace) -> Any:
+    with quick_imports():  # torch and MONAI take seconds: not for --help
+        from monai_rl_reg.request import Options
+
+    try:
+        return Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial, by_label=args.by_label)
+    except InputError as error:
+        return top.error(str(error))
+
+
 def _calibrate(args: argparse.Namespace) -> int:
     with quick_imports():  # torch and MONAI take seconds: not for --help
         from monai_rl_reg.judge import calibrate
@@ -177,10 +189,9 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _register(args: argparse.Namespace) -> int:
     with quick_imports():  # torch and MONAI take seconds: not for --help
         from monai_rl_reg.registration import Registrar, keep_inputs
-        from monai_rl_reg.request import Options, Pair
+        from monai_rl_reg.request import Pair
         from monai_rl_reg.similarity import title
 
-    options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial, by_label=args.by_label)
     keep_inputs(args.output, args.fixed, args.moving, args.fixed_label, args.moving_label, args.landmarks, args.initial)
     pair = Pair.read(
         args.fixed,
@@ -190,7 +201,7 @@ def _register(args: argparse.Namespace) -> int:
         landmarks=args.landmarks,
     )
     registrar = Registrar(bundle=args.bundle, ckpt=args.ckpt, device=args.device)
-    result = registrar.register(pair, options, progress=not args.quiet)
+    result = registrar.register(pair, args.options, progress=not args.quiet)
     result.save(args.output, tfm=args.tfm, report=args.report)
     quality = result.quality
     name = quality["similarity"]
@@ -219,15 +230,13 @@ def _register_pairs(args: argparse.Namespace) -> int:
     with quick_imports():
         from monai_rl_reg.batch import register_pairs
         from monai_rl_reg.registration import Registrar
-        from monai_rl_reg.request import Options
 
-    options = Options(args.stop or args.steps, args.refine, args.uncertainty, args.initial, by_label=args.by_label)
     registrar = Registrar(bundle=args.bundle, ckpt=args.ckpt, device=args.device or _own_device())
     rows = register_pairs(
         args.pairs,
         args.output,
         registrar,
-        options,
+        args.options,
         resume=args.resume,
         progress=not args.quiet,
         tfm=args.tfm,

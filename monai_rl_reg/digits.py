@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.files import replacing
 from monai_rl_reg.inferer import StepwiseInferer
-from monai_rl_reg.nifti import replacing
 from monai_rl_reg.pictures import import_extra, list_pictures, read_picture, strip, write_picture
 from monai_rl_reg.warping import Warp
 

@@ -89,7 +89,7 @@ class StepwiseInferer(Inferer):
         """
         self.task.eval()
         with quick_convolutions(inputs.device, half=self.half):
-            state = self.task.reset(convert_to_tensor(inputs, track_meta=False), **known)
+            state = self._begin(convert_to_tensor(inputs, track_meta=False), **known)
         yield state
         policy: Any = network
         after = follow(
@@ -107,6 +107,9 @@ class StepwiseInferer(Inferer):
                 with torch.no_grad():
                     state = self.task.settle(state, taken)
             yield state
+
+    def _begin(self, inputs: Tensor, **known: Tensor) -> State:
+        return self.task.reset(inputs, **known)
 
 
 class FramewiseInferer(StepwiseInferer):
@@ -175,8 +178,5 @@ class FramewiseInferer(StepwiseInferer):
         self.before = frame, result
         return result
 
-    def trajectory(self, inputs: Tensor, network: nn.Module, **known: Tensor) -> Iterator[State]:
-        """Yield the first state, with what was carried on, and the state after every step."""
-        state = self.task.reset(convert_to_tensor(inputs, track_meta=False), **known) | self.carried
-        yield state
-        yield from follow(network, self.task, state, self.steps)  # type: ignore[arg-type]
+    def _begin(self, inputs: Tensor, **known: Tensor) -> State:
+        return super()._begin(inputs, **known) | self.carried

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from monai_rl_reg.anatomy import Anatomy
-from monai_rl_reg.checkpoints import fill_weights, load_checkpoint
+from monai_rl_reg.checkpoints import fill_weights, load_checkpoint, part
 from monai_rl_reg.data import read_pairs
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.nifti import read_image, replacing
+from monai_rl_reg.files import replacing
+from monai_rl_reg.nifti import read_image
 
 LEAST_STEPS = 5
 """Of a registration that teaches: early steps are what failures look like."""
@@ -96,8 +97,7 @@ def load_judge(path: str, spatial_dims: int) -> Judge | None:
     """
     if not Path(path).is_file():  # a bundle may do without weights
         return None
-    checkpoint = load_checkpoint(path)
-    saved = checkpoint.get("judge") if isinstance(checkpoint, dict) else None
+    saved = load_checkpoint(path).get("judge")
     if saved is None:
         return None
     witness = _witness(saved["witness"], path, spatial_dims) if "witness" in saved else None
@@ -151,8 +151,7 @@ def calibrate(
     bears = None if policy.judge is None else policy.judge.witness
     policy.judge = None
     if witness is not None:
-        weights = load_checkpoint(witness)
-        weights = weights.get("anatomy", weights)
+        weights = part(load_checkpoint(witness), "anatomy")
         if "structures" not in weights:
             raise InputError(f"witness {witness}: expected weights of a training with labels, found others")
         policy.witness = bears = _witness(_halved(weights), witness, dimensions).to(policy.device)  # as kept

@@ -15,13 +15,14 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
 from monai_rl_reg.atlases import Case
-from monai_rl_reg.checkpoints import guided_in, intensity_range_in, load_policy, prepare_output, structures_in
+from monai_rl_reg.checkpoints import guided_in, intensity_range_in, load_policy, structures_in
 from monai_rl_reg.engine import scalars
 from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.finishing import label_dtype
 from monai_rl_reg.handlers import TrainingTime
 from monai_rl_reg.nifti import read_image, write_image
 from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE, WITH_LABELS
+from monai_rl_reg.resuming import prepare_output
 from monai_rl_reg.tables import write_json
 from monai_rl_reg.working import coarser_voxels
 
@@ -190,7 +191,7 @@ def train(
         prepare_output(str(folder))
         network, anatomy = (parser.get_parsed_content(i) for i in ("network", "anatomy"))
         if began is not None:
-            load_policy(network, str(began), anatomy=anatomy, map_location=parser.get_parsed_content("device"))
+            load_policy(network, str(began), anatomy=anatomy)
         # after the weights are there: what is validated is a copy of the network
         trainer, evaluator = (parser.get_parsed_content(i) for i in ("train::trainer", "validate::evaluator"))
         parser.get_parsed_content("validate::early_stop").set_trainer(trainer)

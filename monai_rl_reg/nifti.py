@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.files import replacing
 from monai_rl_reg.geometry import ras_to_lps
 from monai_rl_reg.itk_bridge import affine_by_itk, from_itk, read_series
 
@@ -204,31 +203,6 @@ def label_range(label: Tensor) -> str:
     return f"values from {float(label.min()):g} to {float(label.max()):g}, some of them fractions or negative"
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, with its suffix; moved onto it when all went well, removed if not.
-
-    Raises:
-        InputError: if the folder cannot be made or written to.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.name)
-    except OSError as error:
-        raise InputError(f"output {path}: expected a folder that can be written to, found: {error.strerror}") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"output {path}: expected room to write it, found: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_image(path: str | Path, image: Tensor, affine: Tensor) -> None:
     """Write an image or label map (1, *spatial) with its RAS affine (4, 4); integer tensors keep their type."""
     data = image[0].cpu().numpy()
@@ -262,9 +236,3 @@ def _write(path: str | Path, data: np.ndarray, affine: Tensor, intent: int | Non
                 file.to_stream(packed)
         else:
             nib.save(file, temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

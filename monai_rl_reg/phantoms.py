@@ -11,7 +11,7 @@ import torch
 from monai.transforms.utils import create_rotate
 from torch import Tensor
 
-from monai_rl_reg.folders import made_once
+from monai_rl_reg.files import made_once
 from monai_rl_reg.geometry import grid_points
 from monai_rl_reg.nifti import write_image
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.nifti import replacing
+from monai_rl_reg.files import replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm")
 GAP = 2

@@ -19,6 +19,7 @@ from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.checkpoints import voxel_size_in
 from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.errors import InputError, bare_input_errors
+from monai_rl_reg.files import file_stamp
 from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.judge import load_judge
 from monai_rl_reg.networks import PlannerActor, TwinCritic
@@ -50,21 +51,6 @@ def bundle_folder(name: str) -> str:
         if (folder / "configs" / "metadata.json").is_file() or (folder in found and (folder / "configs").is_dir()):
             return str(folder)
     return "."
-
-
-def file_stamp(path: str | Path) -> dict[str, Any]:
-    """Return a file's full path, its size, and when it was last changed; the path alone if it is none.
-
-    Of a folder, such as a DICOM series, its files count, all together; also of one that is no path but a series in it.
-    """
-    path = Path(path).resolve()
-    there = path if path.exists() or not path.parent.is_dir() or not path.suffix[1:].isdigit() else path.parent
-    if not there.exists():
-        return {"path": str(path)}
-    found = [file.stat() for file in there.iterdir()] if there.is_dir() else []
-    found.append(there.stat())
-    size, changed = sum(status.st_size for status in found), max(status.st_mtime_ns for status in found)
-    return {"path": str(path), "size": size, "changed": changed}
 
 
 def policy_files(folder: str | Path | None, ckpt: str | Path | None) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import SimpleITK as sitk
 import torch
 from monai import __version__ as monai_version
-from monai.data import MetaTensor
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from monai_rl_reg import __version__
@@ -36,21 +37,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def dice_figures(moved: MetaTensor, unmoved: MetaTensor, fixed: MetaTensor) -> dict[str, Any]:
-    """Return ``dice_before``, ``dice_after``, means over the fixed map's labels, and ``dice_per_label`` after.
+def dice_figures(moved: Tensor, unmoved: Tensor, fixed: Tensor, labels: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return ``dice_before``, ``dice_after``, means over the labels, and ``dice_per_label`` after.
 
     Args:
         moved: label map (1, *spatial) on the fixed grid.
         unmoved: likewise, with the initial transform alone.
         fixed: likewise.
+        labels: label values to compare; by default all that the fixed map has.
     """
-    reference = fixed.as_tensor()[None]
-    before, after = (label_dice(x.as_tensor()[None], reference)[0] for x in (unmoved, moved))
-    there = ~after.isnan()
+    *maps, reference = (convert_to_tensor(x, track_meta=False) for x in (unmoved, moved, fixed))
+    before, after = (label_dice(x[None], reference[None])[0] for x in maps)
+    values = [i + 1 for i in (~after.isnan()).nonzero().flatten().tolist() if labels is None or i + 1 in labels]
+    rows = torch.tensor(values, dtype=torch.long) - 1
     return {
-        "dice_before": float(before.nanmean()),
-        "dice_after": float(after.nanmean()),
-        "dice_per_label": {str(i + 1): round(float(after[i]), 6) for i in there.nonzero().flatten().tolist()},
+        "dice_before": float(before[rows].mean()),
+        "dice_after": float(after[rows].mean()),
+        "dice_per_label": {str(value): round(float(after[value - 1]), 6) for value in values},
     }
 
 

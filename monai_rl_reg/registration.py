@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_rl_reg.errors import InputError, bare_input_errors
+from monai_rl_reg.files import replacing_folder
 from monai_rl_reg.finishing import Correspondence
-from monai_rl_reg.folders import replacing_folder
 from monai_rl_reg.initial import initial_transform
 from monai_rl_reg.itk_bridge import write_transform
 from monai_rl_reg.landmarks import Landmarks

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from monai_rl_reg import __version__, panels
+from monai_rl_reg.files import replacing
 from monai_rl_reg.geometry import sample
-from monai_rl_reg.nifti import replacing
 from monai_rl_reg.panels import Draw
 from monai_rl_reg.planes import Plane, ShownGrid
 from monai_rl_reg.report_sections import Legend, Pictures, Section

@@ -95,7 +95,7 @@ class ScaleToUnitd(MapTransform):
         upper: float = 99.5,
     ) -> None:
         super().__init__(keys)
-        self.scale: Callable[[Tensor], Tensor] = partial(scale_percentiles_to_unit, lower=lower, upper=upper)
+        self.scale: Callable[[Any], Any] = partial(scale_percentiles_to_unit, lower=lower, upper=upper)
         if intensity_range is not None:
             low, high = _rising(intensity_range)
             self.scale = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)

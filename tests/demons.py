@@ -46,6 +46,7 @@ def demons_bundle(folder: Path) -> Path:
         "critic": None,
         "structures": 0,
         "guided": False,
+        "intensity_range": None,
         "relax": 0,
         "half": False,
         "field_stride": 2,

@@ -13,19 +13,18 @@ from monai.data import DataLoader, Dataset
 from monai.transforms import Compose, RandGaussianNoise
 from monai.utils import set_determinism
 
-from monai_rl_reg.checkpoints import (
+from monai_rl_reg.checkpoints import load_checkpoint, load_critic
+from monai_rl_reg.errors import InputError
+from monai_rl_reg.networks import TwinCritic
+from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.resuming import (
     RandomState,
     ResumeTraining,
     SafeCheckpointSaver,
     StartFrom,
     latest_checkpoint,
-    load_checkpoint,
-    load_critic,
     prepare_output,
 )
-from monai_rl_reg.errors import InputError
-from monai_rl_reg.networks import TwinCritic
-from monai_rl_reg.policy_bundle import PolicyBundle
 
 
 def test_random_states_come_back_whatever_device_a_checkpoint_is_loaded_to(tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_start_from_weights_that_do_not_fit_is_one_sentence(tmp_path: Path) -> N
 
 def test_two_trainings_do_not_write_into_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    program = f"from monai_rl_reg.checkpoints import prepare_output; prepare_output({str(folder)!r}); print(); input()"
+    program = f"from monai_rl_reg.resuming import prepare_output; prepare_output({str(folder)!r}); print(); input()"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:

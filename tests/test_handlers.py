@@ -11,8 +11,9 @@ from monai.engines import Evaluator
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.handlers import EpochValidation, PictureWriter, TrainingTime
+from monai_rl_reg.handlers import EpochValidation, TrainingTime
 from monai_rl_reg.pictures import CAPTION, GAP, read_picture
+from monai_rl_reg.writers import PictureWriter
 
 pytest.importorskip("PIL")
 

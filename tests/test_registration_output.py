@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from monai_rl_reg import folders
+from monai_rl_reg import files
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.registration import FILES, Registration, keep_inputs
 
@@ -74,13 +74,13 @@ def test_an_interruption_leaves_what_else_lies_in_the_folder(
     registration.save(tmp_path / "out")
     (tmp_path / "out" / "more").mkdir()
     (tmp_path / "out" / "more" / "file").write_text("mine")
-    exchange = folders._exchange
+    exchange = files._exchange
 
     def interrupted(a: Path, b: Path) -> None:
         exchange(a, b)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folders, "_exchange", interrupted)
+    monkeypatch.setattr(files, "_exchange", interrupted)
     with pytest.raises(KeyboardInterrupt):
         registration.save(tmp_path / "out")
     assert (tmp_path / "out" / "more" / "file").read_text() == "mine"
@@ -99,8 +99,8 @@ def test_a_parent_that_may_not_be_written_to_is_not_needed(
     registration: Registration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(folders.os, "access", lambda path, mode: Path(path) != tmp_path)
-    monkeypatch.setattr(folders, "_swap", None)  # is not called
+    monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(files, "_swap", None)  # is not called
     registration.save(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"transform.tfm", "report.html"}
 
@@ -133,7 +133,7 @@ def test_a_failure_while_writing_leaves_the_old_files(
 KILLED = """
 import os, sys, json, shutil
 from pathlib import Path
-from monai_rl_reg import folders
+from monai_rl_reg import files
 
 moments = int(sys.argv[2])
 
@@ -146,14 +146,14 @@ def count(function):
         return function(*args, **kwargs)
     return counted
 
-folders.os.link = count(os.link)
+files.os.link = count(os.link)
 Path.rename = count(Path.rename)
-folders.shutil.rmtree = count(shutil.rmtree)
+files.shutil.rmtree = count(shutil.rmtree)
 Path.unlink = count(Path.unlink)
 Path.rmdir = count(Path.rmdir)
-exchange = folders._exchange
-folders._exchange = count(exchange)
-with folders.replacing_folder(sys.argv[1], {"a", "b"}) as staging:
+exchange = files._exchange
+files._exchange = count(exchange)
+with files.replacing_folder(sys.argv[1], {"a", "b"}) as staging:
     for name in ("a", "b"):
         (staging / name).write_text("new")
         count(len)("")

@@ -18,7 +18,6 @@ from oblique_pair import oblique
 from torch.nn import functional as F
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.handlers import write_result
 from monai_rl_reg.transforms import (
     FinishOnFixedGridd,
     LoadCased,
@@ -26,6 +25,7 @@ from monai_rl_reg.transforms import (
     ScaleToUnitd,
     scale_percentiles_to_unit,
 )
+from monai_rl_reg.writers import write_result
 
 
 def textured(shape: tuple[int, ...], affine: np.ndarray, seed: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from monai_rl_reg.drawings.face import face
 from monai_rl_reg.drawings.painting import painting
 from monai_rl_reg.drawings.sheet import FINE, Array
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.folders import made_once
+from monai_rl_reg.files import made_once
 from monai_rl_reg.pictures import import_extra, write_picture
 
 PHOTOGRAPHS = {

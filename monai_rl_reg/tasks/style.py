@@ -206,7 +206,7 @@ def load_style(
         InputError: if the file is missing, is no checkpoint or holds no style, or the feature network cannot be had.
     """
     checkpoint = load_checkpoint(path)
-    kept = checkpoint.get("task", {}).get("_extra_state") if isinstance(checkpoint, dict) else None
+    kept = checkpoint.get("task", {}).get("_extra_state")
     if not isinstance(kept, dict) or kept.get("style") is None or kept.get("network") is None:
         raise InputError(f"checkpoint {path}: expected one of image style transfer with its style, found none in it")
     for name in SETTINGS:

@@ -1,4 +1,4 @@
-"""Output folders whose files appear together: a kill leaves the complete old set or the complete new one."""
+"""Files that appear whole, and folders whose files appear together: a kill leaves the old ones or the new ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,37 @@ import tempfile
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from monai_rl_reg.errors import InputError
 
 RENAME_EXCHANGE = 2  # of Linux's renameat2
 AT_FDCWD = -100
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, with its suffix; moved onto it when all went well, removed if not.
+
+    Raises:
+        InputError: if the folder cannot be made or written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.name)
+    except OSError as error:
+        raise InputError(f"output {path}: expected a folder that can be written to, found: {error.strerror}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"output {path}: expected room to write it, found: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -86,6 +112,21 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         if not folder.is_dir():  # else another process was faster
             raise InputError(f"output {folder}: expected room to write it, found: {error}") from error
     return folder
+
+
+def file_stamp(path: str | Path) -> dict[str, Any]:
+    """Return a file's full path, its size, and when it was last changed; the path alone if it is none.
+
+    Of a folder, such as a DICOM series, its files count, all together; also of one that is no path but a series in it.
+    """
+    path = Path(path).resolve()
+    there = path if path.exists() or not path.parent.is_dir() or not path.suffix[1:].isdigit() else path.parent
+    if not there.exists():
+        return {"path": str(path)}
+    found = [file.stat() for file in there.iterdir()] if there.is_dir() else []
+    found.append(there.stat())
+    size, changed = sum(status.st_size for status in found), max(status.st_mtime_ns for status in found)
+    return {"path": str(path), "size": size, "changed": changed}
 
 
 def drop_leftovers(folder: Path) -> None:
