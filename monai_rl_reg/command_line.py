@@ -211,6 +211,8 @@ def _register(args: argparse.Namespace) -> int:
     elif "expected_dice" in quality:
         low, high = quality["expected_dice_range"]
         figures.append(f"expected Dice {quality['expected_dice']:.3f} ({low:.3f} to {high:.3f})")
+    if "tre_after_mm" in quality:
+        figures.append(f"landmarks {quality['tre_before_mm']:.2f} -> {quality['tre_after_mm']:.2f} mm apart")
     figures.append(f"folded {quality['folded_percent']:.2g} %")
     figures.append(f"{quality['steps']} steps, {quality['seconds']:.1f} s")
     print(", ".join(figures))

@@ -25,6 +25,8 @@ Case = dict[str, str]
 Pair = dict[str, str]
 """``fixed``, ``moving`` and, where there are labels, ``fixed_label``, ``moving_label``; all are paths."""
 
+MOST_PAIRS = 20
+"""Validation pairs that are made from cases, at most."""
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 
 
@@ -97,7 +99,6 @@ def split_data(
     dataset_dir: str | None = None,
     val_pairs: str | None = None,
     val_cases: Sequence[str] | None = None,
-    val_count: int = 20,
     phantom_dir: str = "phantoms",
     spatial_dims: int = 3,
 ) -> dict[str, list[dict[str, str]]]:
@@ -114,7 +115,6 @@ def split_data(
         dataset_dir: folder in the Decathlon's layout, from whose cases training pairs are drawn.
         val_pairs: CSV of validation pairs.
         val_cases: names of cases (file names, with or without suffix) to leave out for validation.
-        val_count: most validation pairs made from cases.
         phantom_dir: where the synthetic cohort is kept.
         spatial_dims: 2 or 3, for the synthetic cohort.
 
@@ -146,7 +146,7 @@ def split_data(
     cases = read_cases(dataset_dir)
     if validation is None:
         held_out = _held_out(cases, val_cases, dataset_dir)
-        validation = _pairs_among(held_out, val_count)
+        validation = _pairs_among(held_out, MOST_PAIRS)
     kept_back = {_identity(pair[key]) for pair in validation for key in ("fixed", "moving")}
     kept = [case for case in cases if _identity(case["image"]) not in kept_back]
     if len(kept) < 2:

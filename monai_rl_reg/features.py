@@ -100,16 +100,15 @@ class LearnedPerceptualDistance(nn.Module):
 
     Args:
         features: what stands in.
-        backbone: the package's ``net``.
     """
 
-    def __init__(self, features: FeatureNetwork, backbone: str = "alex") -> None:
+    def __init__(self, features: FeatureNetwork) -> None:
         super().__init__()
         self.distance: nn.Module
         try:
             import lpips
 
-            self.distance = lpips.LPIPS(net=backbone, verbose=False).eval()
+            self.distance = lpips.LPIPS(net="alex", verbose=False).eval()
             self.signed = True
         except (ImportError, OSError) as error:  # URLError is an OSError
             logger.warning("lpips: no weights (%s); the distance is that of the feature network instead", error)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.networks import TwinCritic
+from monai_rl_reg.recurrent import FOLD
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.task import State, Task
 from monai_rl_reg.video import flows_between
@@ -121,14 +122,13 @@ class FramewiseInferer(StepwiseInferer):
 
         result = styled + steadiness * holds * (warp(result before, flow) - styled)
 
-    Frames of any size are padded to a multiple of ``multiple`` inside.
+    Frames of any size are padded to a multiple of :data:`~monai_rl_reg.recurrent.FOLD` inside.
 
     Args:
         task: the environment.
         steps: number of steps a frame.
         carry: entries of the state that go on to the next frame; none treats every frame by itself.
         steadiness: the share that is carried along the flow, from 0, none, to less than 1.
-        multiple: of this many pixels height and width are.
 
     Raises:
         ValueError: if ``steadiness`` is out of its range.
@@ -141,14 +141,12 @@ class FramewiseInferer(StepwiseInferer):
         *,
         carry: Sequence[str] = ("frame_memory",),
         steadiness: float = 0.0,
-        multiple: int = 4,
     ) -> None:
         super().__init__(task, steps)
         if not 0 <= steadiness < 1:
             raise ValueError(f"expected a steadiness from 0 to less than 1, got {steadiness}")
         self.carry = carry
         self.steadiness = steadiness
-        self.multiple = multiple
         self.warp = Warp("bilinear", "border")
         self.restart()
 
@@ -161,7 +159,7 @@ class FramewiseInferer(StepwiseInferer):
         """Return the output for the next frame, (1, 3, H, W); with ``steadiness`` H and W are at least 12."""
         frame = convert_to_tensor(inputs, track_meta=False)
         height, width = frame.shape[2:]
-        pads = [0, -width % self.multiple, 0, -height % self.multiple]
+        pads = [0, -width % FOLD, 0, -height % FOLD]
         *_, last = self.trajectory(F.pad(frame, pads, mode="replicate"), network)
         self.carried = {key: last[key] for key in self.carry}
         result = self.task.output(last)[..., :height, :width]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.finishing import Correspondence
-from monai_rl_reg.geometry import ras_to_lps, reduced, transform_points
+from monai_rl_reg.geometry import carry, ras_to_lps, reduced, transform_points
 
 SPACES = ("LPS", "RAS")
 IMAGES = ("fixed", "moving")
@@ -68,6 +68,34 @@ class Landmarks:
                 moved[:, chosen] = way(self.points[:, chosen])
         other = tuple(IMAGES[1 - IMAGES.index(of)] for of in self.images)
         return replace(self, points=moved, images=other)
+
+    def errors(self, mapping: Correspondence) -> dict[str, float]:
+        """Return how far the landmarks that both images have lie apart: the target registration error.
+
+        A landmark is in both where one point of the fixed image and one of the moving image have its name. The error is
+        the distance in millimetres from where the fixed point is carried to the moving one.
+
+        Returns:
+            ``tre_before_mm``, by the initial transform alone, and ``tre_after_mm``, means over the ``tre_landmarks``;
+            nothing where there is no such landmark.
+        """
+        pairs = self._pairs()
+        if not pairs:
+            return {}
+        fixed, moving = (self.points[:, list(chosen)] for chosen in zip(*pairs, strict=True))
+        before, after = (
+            float((there - moving).norm(dim=0).mean())
+            for there in (carry(mapping.initial, fixed), mapping.forth(fixed))
+        )
+        return {"tre_landmarks": len(pairs), "tre_before_mm": before, "tre_after_mm": after}
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Which points of the fixed and the moving image have one name, that no other point of theirs has."""
+        found: dict[str, tuple[list[int], list[int]]] = {}
+        for i, (name, image) in enumerate(zip(self.names, self.images, strict=True)):
+            if name:
+                found.setdefault(name, ([], []))[IMAGES.index(image)].append(i)
+        return [(a[0], b[0]) for a, b in found.values() if len(a) == len(b) == 1]
 
     def save(self, path: str | Path) -> None:
         """Write a CSV file that :func:`read_landmarks` reads, in the coordinates that each point was given in."""

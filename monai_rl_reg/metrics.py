@@ -1,15 +1,11 @@
-"""Registration figures that MONAI lacks, as MONAI metrics; Dice and Hausdorff distance come from MONAI itself."""
+"""Registration figures that MONAI lacks, one number a pair: a configuration makes metrics of them by ``loss_fn``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from monai.metrics import CumulativeIterationMetric
-from monai.metrics.utils import do_metric_reduction
 from torch import Tensor
 
-from monai_rl_reg.geometry import jacobian_determinant, sample
+from monai_rl_reg.geometry import jacobian_determinant
 from monai_rl_reg.losses import BoxLocalNormalizedCrossCorrelationLoss
 
 UNLABELLED = -1
@@ -79,75 +75,3 @@ def local_ncc(moved: Tensor, fixed: Tensor, kernel_size: int = 9, every: int = 1
     """
     loss = BoxLocalNormalizedCrossCorrelationLoss(moved.ndim - 2, kernel_size, reduction="none", every=every)
     return -loss(moved, fixed).flatten(1).mean(1)
-
-
-class _MeanMetric(CumulativeIterationMetric):
-    """A metric with one number a pair, reduced to the mean over pairs; NaN pairs do not count."""
-
-    def aggregate(self) -> Tensor:  # type: ignore[override]
-        """Return the mean over the pairs seen so far."""
-        values = self.get_buffer()
-        if not isinstance(values, Tensor):
-            raise ValueError("no pairs seen: call the metric before aggregating it")
-        mean: Tensor = do_metric_reduction(values.float(), "mean")[0]
-        return mean
-
-
-class FoldedPercentMetric(_MeanMetric):
-    """Mean percentage of folded voxels of displacement fields (B, d, *spatial) in voxels."""
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return folded_percent(y_pred)[:, None]
-
-
-class LogJacobianStdMetric(_MeanMetric):
-    """Mean SDlogJ of displacement fields (B, d, *spatial) in voxels."""
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return log_jacobian_std(y_pred)[:, None]
-
-
-class SimilarityMetric(_MeanMetric):
-    """Mean similarity of moved and fixed images (B, C, *spatial) scaled to [0, 1].
-
-    Args:
-        similarity: gives the similarity (B,), see :mod:`monai_rl_reg.similarity`.
-    """
-
-    def __init__(self, similarity: Callable[[Tensor, Tensor], Tensor] = local_ncc) -> None:
-        super().__init__()
-        self.similarity = similarity
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if y is None:
-            raise ValueError("expected the fixed images as y, got None")
-        return self.similarity(y_pred, y)[:, None]
-
-
-class TargetRegistrationErrorMetric(_MeanMetric):
-    """Mean distance of corresponding landmarks after registration, in millimetres.
-
-    Args:
-        spacing: voxel size of the fixed grid in millimetres, one number a dimension.
-
-    ``y_pred`` is the displacement field (B, d, *spatial) in voxels, ``y`` the landmarks (B, N, 2, d) in voxels of the
-    fixed grid: ``y[..., 0, :]`` in the fixed image, ``y[..., 1, :]`` in the moving one.
-    """
-
-    def __init__(self, spacing: tuple[float, ...]) -> None:
-        super().__init__()
-        self.spacing = spacing
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if y is None or y.ndim != 4 or y.shape[2:] != (2, y_pred.shape[1]):
-            found = None if y is None else tuple(y.shape)
-            raise ValueError(f"expected landmarks of shape (B, N, 2, {y_pred.shape[1]}), got {found}")
-        return target_registration_error(y_pred, y, self.spacing).mean(1, keepdim=True)
-
-
-def target_registration_error(displacement: Tensor, landmarks: Tensor, spacing: tuple[float, ...]) -> Tensor:
-    """Distance |p_fixed + u(p_fixed) - p_moving| in millimetres, (B, N); arguments as in the metric of this name."""
-    fixed, moving = landmarks[:, :, 0], landmarks[:, :, 1]
-    shift = torch.stack([sample(u, p.T.to(u.dtype)).T for u, p in zip(displacement, fixed, strict=True)])
-    scale = torch.tensor(spacing, dtype=shift.dtype, device=shift.device)
-    return ((fixed + shift - moving) * scale).norm(dim=-1)

@@ -116,14 +116,13 @@ def outlines(axes: Axes, labels: Tensor, colour: str, *, width: float = 1.4) -> 
     axes.add_collection(LineCollection(lines, colors=colour, linewidths=width * thin, capstyle="round"))
 
 
-def grid_lines(axes: Axes, place: Tensor, *, every: float, colour: str = GRID, width: float = 0.9) -> None:
+def grid_lines(axes: Axes, place: Tensor, *, every: float, width: float = 0.9) -> None:
     """Draw a regular grid of the moving image as the deformation carries it along.
 
     Args:
         axes: where to draw.
         place: where in the moving image each voxel of the plane comes from, (2, down, across), in millimetres.
         every: millimetres between the lines in the moving image.
-        colour: of the lines.
         width: of the lines, in points.
     """
     w, h = _size(axes)
@@ -133,7 +132,7 @@ def grid_lines(axes: Axes, place: Tensor, *, every: float, colour: str = GRID, w
         levels = np.arange(np.ceil(coordinate.min() / every), np.floor(coordinate.max() / every) + 1) * every
         for level in levels:
             lines += [(line + 0.5) * scale for line in _contours(coordinate, level)]
-    axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, alpha=0.85))
+    axes.add_collection(LineCollection(lines, colors=GRID, linewidths=width, alpha=0.85))
 
 
 def grid_spacing(size: Sequence[float], lines: int = 20) -> float:

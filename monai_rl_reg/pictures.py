@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
+from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -113,38 +114,33 @@ class LoadPictured(MapTransform):
 class SplitSideBySided(Transform):
     """Split one picture that shows a photograph and its label map side by side: the layout of the CMP facades.
 
-    By default MONAI's pair comes out: ``image``, the label map that the network gets, and ``label``, the photograph
+    MONAI's pair comes out: ``image``, the label map that the network gets, and ``label``, the photograph
     that it should give; (C, H, W / 2) each.
 
     Args:
-        photo_key: where the photograph goes.
-        label_key: where the label map goes.
         label_side: ``right`` or ``left``: the half that is the label map.
-        key: of the whole picture, (C, H, W).
 
     Raises:
         InputError: if ``label_side`` is another word, or (when called) the width is not even.
     """
 
-    def __init__(
-        self, photo_key: str = "label", label_key: str = "image", label_side: str = "right", key: str = "image"
-    ) -> None:
+    def __init__(self, label_side: str = "right") -> None:
         if label_side not in ("left", "right"):
             raise InputError(f"label_side: expected left or right, found {label_side!r}")
-        self.photo_key, self.label_key, self.label_side, self.key = photo_key, label_key, label_side, key
+        self.label_side = label_side
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the dictionary with the two halves."""
         result = dict(data)
-        whole = result.pop(self.key)
+        whole = result.pop(Keys.IMAGE)
         if whole.shape[-1] % 2:
             raise InputError(
-                f"picture {data.get(f'{self.key}_file', '')}: expected a photograph and a label map side by side, "
+                f"picture {data.get('image_file', '')}: expected a photograph and a label map side by side, "
                 f"thus an even width, found {whole.shape[-1]} pixels"
             )
         left, right = whole.chunk(2, dim=-1)
         photo, label = (left, right) if self.label_side == "right" else (right, left)
-        return result | {self.photo_key: photo.contiguous(), self.label_key: label.contiguous()}
+        return result | {Keys.LABEL: photo.contiguous(), Keys.IMAGE: label.contiguous()}
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:

@@ -97,6 +97,10 @@ def warnings_about(quality: dict[str, Any]) -> list[str]:
         )
     if quality.get("dice_after", math.nan) < quality.get("dice_before", math.nan):
         found.append(f"the labels agree less, Dice {quality['dice_before']:.3f} to {quality['dice_after']:.3f}")
+    if quality.get("tre_after_mm", math.nan) > quality.get("tre_before_mm", math.nan):
+        found.append(
+            f"the landmarks lie farther apart, {quality['tre_before_mm']:.2f} to {quality['tre_after_mm']:.2f} mm"
+        )
     if quality.get("by_label") == {}:
         found.append("the moving label was not gone by: none of its structures lies where the weights see one")
     worked, trained = quality.get("working_grid", {}).get("spacing_mm", []), quality.get("trained_at_mm", [])

@@ -96,6 +96,7 @@ class RecurrentPlannerActor(nn.Module):
 
     def _remember(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         images = observation[:, :-2]
+        # FOLD by its number, and not by fold and unfold: TorchScript knows no global variables
         step = self.step_memory(self.read(images), F.pixel_unshuffle(observation[:, -2:-1], 4))
         frame = self.frame_memory(step, F.pixel_unshuffle(observation[:, -1:], 4))
         recalled = F.interpolate(self.recall(frame), size=images.shape[2:], mode="bilinear", align_corners=False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type, convert_to_tensor
+from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from monai_rl_reg.geometry import compose
@@ -137,7 +138,6 @@ class RefineDisplacementd(MapTransform):
         iterations: most iterations; None leaves it to the time.
         task: whose loss to use, with ``field_stride`` 1 and without ``relax``; by default a
             :class:`RegistrationTask` with a term against folds.
-        image_key: of the pair.
         allow_missing_keys: whether data without one of the keys is passed on.
     """
 
@@ -148,14 +148,12 @@ class RefineDisplacementd(MapTransform):
         seconds: float = 10.0,
         iterations: int | None = None,
         task: RegistrationTask | None = None,
-        image_key: str = "image",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.seconds = seconds
         self.iterations = iterations
         self.task = task
-        self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the fields improved.
@@ -164,7 +162,7 @@ class RefineDisplacementd(MapTransform):
             ValueError: if a field is not on the images' grid, or the task works on another one.
         """
         out = dict(data)
-        image = convert_to_tensor(out[self.image_key], track_meta=False)[None].float()
+        image = convert_to_tensor(out[Keys.IMAGE], track_meta=False)[None].float()
         task = self.task or RegistrationTask(image.ndim - 2, fold_weight=FOLD_WEIGHT)
         start = task.to(image.device).reset(image)
         for key in self.key_iterator(out):

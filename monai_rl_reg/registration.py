@@ -243,6 +243,8 @@ class Registrar:
             quality |= {"expected_dice": expected.dice, "expected_dice_range": [expected.low, expected.high]}
         if moved_label is not None and unmoved_label is not None and pair.fixed_label is not None:
             quality |= dice_figures(moved_label, unmoved_label, pair.fixed_label)
+        if pair.landmarks is not None:
+            quality |= pair.landmarks.errors(way)
         quality |= field_figures(way.displacement.displacement, way.displacement.affine)
         quality |= dict(zip(("inverse_error_mm", "inverse_error_max_mm"), errors, strict=False))
         quality |= {"steps": steps.taken, "stopped_by_itself": limit == "auto" and steps.taken < total}

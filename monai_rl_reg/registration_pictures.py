@@ -32,13 +32,11 @@ class RegistrationPictures:
     Args:
         log_dir: of the TensorBoard events.
         pairs: how many pairs.
-        tag: of the pictures, followed by the number of the pair.
     """
 
-    def __init__(self, log_dir: str, *, pairs: int = 2, tag: str = "validation_pair") -> None:
+    def __init__(self, log_dir: str, *, pairs: int = 2) -> None:
         self.log_dir = log_dir
         self.pairs = pairs
-        self.tag = tag
         self._seen = 0
         self._writer: SummaryWriter | None = None
 
@@ -57,7 +55,7 @@ class RegistrationPictures:
         items: list[Any] = [a | b for a, b in zip(engine.state.batch, engine.state.output, strict=True)]  # type: ignore[arg-type, call-overload]
         for item in items[: self.pairs - self._seen]:
             picture = draw_pair(item)
-            self._writer.add_image(f"{self.tag}_{self._seen}", picture, engine.state.epoch, dataformats="HWC")
+            self._writer.add_image(f"validation_pair_{self._seen}", picture, engine.state.epoch, dataformats="HWC")
             self._seen += 1
             self._writer.flush()
 

@@ -39,6 +39,12 @@ FIGURES: tuple[Figure, ...] = (
         "{:.3f}",
         "Mean over the labels before and after the steps; 1 is complete overlap.",
     ),
+    (
+        ("tre_before_mm", "tre_after_mm"),
+        "Landmarks apart (TRE)",
+        "{:.2f} mm",
+        "Mean distance of the landmarks that both images have, before and after the steps.",
+    ),
     (("folded_percent",), "Folded voxels", "{:.3g} %", "Where the deformation turns tissue inside out; 0 is right."),
     (("sdlogj",), "Unevenness (SDlogJ)", "{:.3f}", "Spread of the local change of size; less is smoother."),
     (("inverse_error_mm",), "Error of the inverse", "{:.2g} mm", "How far there and back misses, on average."),

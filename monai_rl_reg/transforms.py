@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, ScaleIntensity, ScaleIntensityRange, Transform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import convert_to_tensor
+from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from monai_rl_reg.errors import InputError
@@ -219,14 +220,13 @@ class WarpByDisplacementd(MapTransform):
     ``fixed_label``, ``moving_label``, ``moved_label``. Labels move by nearest neighbour.
     """
 
-    def __init__(self, keys: Sequence[str] = ("image", "label"), displacement_key: str = "pred") -> None:
+    def __init__(self, keys: Sequence[str] = ("image", "label")) -> None:
         super().__init__(keys, allow_missing_keys=True)
-        self.displacement_key = displacement_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the moved parts added."""
         out = dict(data)
-        field = convert_to_tensor(out[self.displacement_key], track_meta=False)[None].float()
+        field = convert_to_tensor(out[Keys.PRED], track_meta=False)[None].float()
         for key in self.key_iterator(out):
             if out[key] is None:
                 continue
@@ -241,18 +241,17 @@ class WarpByDisplacementd(MapTransform):
 class FinishOnFixedGridd(Transform):
     """Bring the result home: onto the fixed file's own grid, the moving files resampled once, from the original.
 
-    Reads the files again, since intensities were scaled and grids changed on the way in. Adds ``displacement``
-    (d, *spatial) in RAS millimetres with the initial shift inside, ``moved`` and, where there is one, ``moved_label``;
-    for pairs with both labels also ``fixed_label`` and ``unmoved_label`` (the initial shift alone).
+    The field ``pred`` (d, *spatial) is in voxels of the working grid. The files are read again, since intensities were
+    scaled and grids changed on the way in. Adds ``displacement`` (d, *spatial) in RAS millimetres with the initial
+    shift inside, ``moved`` and, where there is one, ``moved_label``; for pairs with both labels also ``fixed_label``
+    and ``unmoved_label`` (the initial shift alone).
 
     Args:
         spatial_dims: 2 or 3.
-        displacement_key: the field (d, *spatial) in voxels of the working grid.
     """
 
-    def __init__(self, spatial_dims: int = 3, displacement_key: str = "pred") -> None:
+    def __init__(self, spatial_dims: int = 3) -> None:
         self.spatial_dims = spatial_dims
-        self.displacement_key = displacement_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the finished parts added."""
@@ -264,7 +263,7 @@ class FinishOnFixedGridd(Transform):
             out["image"].affine.double(),
             convert_to_tensor(out["initial"], track_meta=False).double(),
         )
-        field = convert_to_tensor(out[self.displacement_key], track_meta=False)
+        field = convert_to_tensor(out[Keys.PRED], track_meta=False)
         way = Correspondence.on_fixed_grid(field, grid_affine, initial, fixed)
         out["displacement"] = MetaTensor(way.displacement.displacement, affine=fixed.affine)
         out["moved"] = way.move(moving)

@@ -74,7 +74,8 @@ def test_an_installed_package_has_the_bundles_inside(tmp_path: Path) -> None:
 
 def test_a_pair_from_end_to_end(files: dict[str, str], tmp_path: Path) -> None:
     x, y, z = -np.array(nib.load(files["fixed"]).affine[:3, 3]) * [1, 1, -1]
-    (tmp_path / "points.csv").write_text(f"x,y,z\n{x},{y},{z}\n")
+    points = f"x,y,z,name,image\n{x},{y},{z},tip,fixed\n{x},{y},{z},tip,moving\n"
+    (tmp_path / "points.csv").write_text(points)
     done = run(
         "register", files["fixed"], files["moving"], "--output", tmp_path / "out", "--device", "cpu", "--steps", 2,
         "--moving-label", files["moving_label"], "--fixed-label", files["fixed_label"],
@@ -83,6 +84,7 @@ def test_a_pair_from_end_to_end(files: dict[str, str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "registering" in done.stderr  # the progress bar
     assert "NCC" in done.stdout
+    assert "mm apart, folded" in done.stdout
     assert f"Wrote the registration to {tmp_path / 'out'}" in done.stdout
     expected = ["displacement.nii.gz", "inverse_displacement.nii.gz", "landmarks.csv", "moved.nii.gz"]
     expected += ["moved_label.nii.gz", "quality.json", "transform.h5", "uncertainty.nii.gz"]

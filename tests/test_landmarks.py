@@ -111,3 +111,26 @@ def test_there_and_back_is_under_half_a_voxel() -> None:
     back = there.carried(way)
     assert set(back.images) == {"fixed"}
     assert (back.points - points).norm(dim=0).max() < 0.05  # millimetres, of voxels of 1 mm and more
+
+
+def test_landmarks_of_one_name_in_both_images_tell_the_error() -> None:
+    fixed, _ = images()
+    initial = torch.eye(4, dtype=torch.float64)
+    initial[0, 3] = 4.0
+    field = torch.zeros(3, *fixed.shape[1:])
+    field[1] = 3.0 / float(fixed.affine[:3, 1].norm())
+    way = Correspondence.on_fixed_grid(field, fixed.affine.double(), initial, fixed)
+    step = way.steps.displacement[:, 3, 3, 3].double()
+    assert float(step.norm()) == pytest.approx(3)
+    inside = torch.tensor([[9.0, 8.0, 10.0], [7.0, 9.0, 12.0]], dtype=torch.float64).T
+    shift = torch.tensor([4.0, 0.0, 0.0], dtype=torch.float64)
+    there = inside + (shift + step)[:, None] + torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    points = torch.cat([inside, there, inside, there], dim=1)
+    names = ("a", "b", "a", "b", "", "twice", "", "twice")
+    roles = ("fixed", "fixed", "moving", "moving", "fixed", "moving", "moving", "moving")
+    found = Landmarks(points, names, roles, ("RAS",) * 8).errors(way)
+    assert found["tre_landmarks"] == 2
+    assert found["tre_after_mm"] == pytest.approx(0.5, abs=1e-4)
+    away = [float((step + torch.tensor([0.0, 0.0, z])).norm()) for z in (0.0, 1.0)]
+    assert found["tre_before_mm"] == pytest.approx(sum(away) / 2, abs=1e-4)
+    assert Landmarks(points[:, :2], names[:2], roles[:2], ("RAS",) * 2).errors(way) == {}

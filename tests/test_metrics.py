@@ -1,29 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
 from monai.handlers import IgniteMetricHandler, from_engine
-from monai.metrics import CumulativeIterationMetric, compute_dice
+from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 from torch import Tensor
 
 from monai_rl_reg.geometry import identity_grid, jacobian_determinant
 from monai_rl_reg.metrics import (
-    FoldedPercentMetric,
-    LogJacobianStdMetric,
-    SimilarityMetric,
-    TargetRegistrationErrorMetric,
     folded_percent,
     label_dice,
     local_ncc,
     log_jacobian_std,
     mean_label_dice,
-    target_registration_error,
 )
 from monai_rl_reg.similarity import LocalNCC
 
@@ -152,108 +146,23 @@ def test_local_ncc_of_flat_images_stays_between_zero_and_one(first: float, secon
     assert 0 <= ncc <= 1
 
 
-def test_target_registration_error_is_in_millimetres() -> None:
-    size = (6, 8, 10)
-    fixed = torch.tensor([[[1.0, 2, 3], [4, 5, 6]]])
-    landmarks = torch.stack([fixed, fixed + torch.tensor([1.0, 2, -1])], dim=2)
-    found = target_registration_error(torch.zeros(1, 3, *size), landmarks, (1.0, 2.0, 5.0))
-    torch.testing.assert_close(found, torch.full((1, 2), (1 + 16 + 25) ** 0.5))
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_right_field_has_no_target_registration_error(size: tuple[int, ...]) -> None:
-    d = len(size)
-    factors = torch.tensor([1.1, 0.8, 1.2])[:d]
-    fixed = torch.rand(1, 5, d) * (torch.tensor(size) - 1)
-    landmarks = torch.stack([fixed, factors * fixed], dim=2)
-    metric = TargetRegistrationErrorMetric((1.0, 2.0, 5.0)[:d])
-    metric(scaled_field(factors.tolist(), size), landmarks)
-    assert metric.aggregate().item() == pytest.approx(0, abs=1e-4)
-
-
-def test_target_registration_error_pulls_the_fixed_landmark_to_the_moving_one() -> None:
-    size = (8, 8)
-    fixed = torch.tensor([[[3.0, 4.0]]])
-    landmarks = torch.stack([fixed, fixed + torch.tensor([2.0, 0.0])], dim=2)
-    metric = TargetRegistrationErrorMetric((3.0, 1.0))
-    metric(constant_field([2.0, 0.0], size), landmarks)
-    metric(constant_field([-2.0, 0.0], size), landmarks)
-    torch.testing.assert_close(metric.get_buffer(), torch.tensor([[0.0], [12.0]]))
-
-
-def test_pair_without_a_figure_does_not_count() -> None:
-    metric = TargetRegistrationErrorMetric((1.0, 1.0))
-    landmarks = torch.zeros(2, 1, 2, 2)
-    landmarks[0, 0, 1] = torch.tensor([3.0, 4.0])
-    landmarks[1] = torch.nan
-    metric(torch.zeros(2, 2, 8, 8), landmarks)
-    assert metric.aggregate().item() == pytest.approx(5)
-    assert metric.aggregate().item() == pytest.approx(5)
-
-
-@pytest.mark.parametrize("landmarks", [None, torch.zeros(1, 4, 2), torch.zeros(1, 4, 2, 3)])
-def test_landmarks_of_another_shape_are_refused(landmarks: Tensor | None) -> None:
-    with pytest.raises(ValueError, match=r"landmarks of shape \(B, N, 2, 2\)"):
-        TargetRegistrationErrorMetric((1.0, 1.0))(torch.zeros(1, 2, 8, 8), landmarks)
-
-
-def test_local_ncc_metric_needs_the_fixed_images() -> None:
-    with pytest.raises(ValueError, match="fixed images"):
-        SimilarityMetric()(torch.rand(1, 1, 8, 8))
-
-
-def test_metric_without_pairs_cannot_be_aggregated() -> None:
-    with pytest.raises(ValueError, match="no pairs"):
-        FoldedPercentMetric().aggregate()
-
-
 IMAGES = torch.rand(3, 1, 12, 12, generator=torch.Generator().manual_seed(0))
 FIELDS = torch.randn(3, 2, 12, 12, generator=torch.Generator().manual_seed(1))
-LANDMARKS = 11 * torch.rand(3, 4, 2, 2, generator=torch.Generator().manual_seed(2))
-METRICS = [
-    (FoldedPercentMetric, {}, FIELDS, IMAGES, folded_percent(FIELDS)),
-    (LogJacobianStdMetric, {}, FIELDS, IMAGES, log_jacobian_std(FIELDS)),
-    (
-        SimilarityMetric,
-        {"similarity": LocalNCC(2, window=5)},
-        IMAGES.flip(2),
-        IMAGES,
-        local_ncc(IMAGES.flip(2), IMAGES, 5),
-    ),
+FIGURES = [
+    (lambda field, fixed: folded_percent(field), FIELDS, folded_percent(FIELDS)),
+    (lambda field, fixed: log_jacobian_std(field), FIELDS, log_jacobian_std(FIELDS)),
+    (LocalNCC(2, window=5), IMAGES.flip(2), local_ncc(IMAGES.flip(2), IMAGES, 5)),
 ]
 
 
-@pytest.mark.parametrize(("kind", "options", "first", "second", "expected"), METRICS)
-def test_metric_is_the_mean_over_pairs_of_all_batches(
-    kind: type[CumulativeIterationMetric], options: dict[str, Any], first: Tensor, second: Tensor, expected: Tensor
+@pytest.mark.parametrize(("figure", "predictions", "expected"), FIGURES)
+def test_figure_is_the_mean_over_pairs_in_an_evaluator(
+    figure: Callable[[Tensor, Tensor], Tensor], predictions: Tensor, expected: Tensor
 ) -> None:
-    metric = kind(**options)
-    metric(first[:2], second[:2])
-    metric(first[2:], second[2:])
-    torch.testing.assert_close(metric.get_buffer(), expected[:, None])
-    assert metric.aggregate().item() == pytest.approx(expected.mean().item())
-
-
-@pytest.mark.parametrize(("kind", "options", "first", "second", "expected"), METRICS)
-def test_metric_works_in_an_evaluator(
-    kind: type[CumulativeIterationMetric], options: dict[str, Any], first: Tensor, second: Tensor, expected: Tensor
-) -> None:
-    batches = [[{"pred": a, "fixed": b} for a, b in zip(first[i], second[i], strict=True)] for i in ([0, 1], [2])]
+    batches = [[{"pred": a, "fixed": b} for a, b in zip(predictions[i], IMAGES[i], strict=True)] for i in ([0, 1], [2])]
     evaluator = Engine(lambda engine, batch: batch)
-    handler = IgniteMetricHandler(metric_fn=kind(**options), output_transform=from_engine(["pred", "fixed"]))
+    handler = IgniteMetricHandler(loss_fn=figure, output_transform=from_engine(["pred", "fixed"]))
     handler.attach(evaluator, "figure")
     for _ in range(2):  # the second run starts afresh
         evaluator.run(batches)
         assert evaluator.state.metrics["figure"] == pytest.approx(expected.mean().item())
-        torch.testing.assert_close(evaluator.state.metric_details["figure"], expected[:, None])
-
-
-def test_target_registration_error_works_in_an_evaluator() -> None:
-    evaluator = Engine(lambda engine, batch: batch)
-    metric = TargetRegistrationErrorMetric((1.0, 2.0))
-    handler = IgniteMetricHandler(metric_fn=metric, output_transform=from_engine(["pred", "landmarks"]))
-    handler.attach(evaluator, "error")
-    fields = torch.zeros_like(FIELDS)
-    evaluator.run([[{"pred": a, "landmarks": b} for a, b in zip(fields, LANDMARKS, strict=True)]])
-    distance = (LANDMARKS[:, :, 0] - LANDMARKS[:, :, 1]) * torch.tensor([1.0, 2.0])
-    assert evaluator.state.metrics["error"] == pytest.approx(distance.norm(dim=-1).mean().item())

@@ -64,13 +64,6 @@ def test_side_by_side_pictures_are_split(side: str) -> None:
     assert data["label"].is_contiguous()
 
 
-def test_the_halves_go_where_one_says() -> None:
-    given = {"both": colours(6, 8)}
-    data = SplitSideBySided("photo", "map", key="both")(given)
-    assert set(data) == {"photo", "map"}
-    assert torch.equal(torch.cat([data["photo"], data["map"]], dim=2), given["both"])
-
-
 def test_pictures_that_are_not_side_by_side(tmp_path: Path) -> None:
     write_picture(tmp_path / "odd.png", colours(6, 7))
     loaded = LoadPictured("image")({"image": tmp_path / "odd.png"})
