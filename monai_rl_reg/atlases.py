@@ -170,6 +170,7 @@ class CommonSpace:
 
     def _save(self) -> None:
         self._transforms = {path: known for path, known in self._transforms.items() if Path(path).exists()}
+        self._samples = {path: known for path, known in self._samples.items() if path in self._transforms}
         text = json.dumps({"reference": self.reference, "transforms": self._transforms})
         with replacing(self.file) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from monai_rl_reg.data import read_pairs, read_table
 from monai_rl_reg.errors import InputError, find_input_error
-from monai_rl_reg.files import drop_leftovers, file_stamp, replacing
+from monai_rl_reg.files import check_writable, drop_leftovers, file_stamp
 from monai_rl_reg.registration import Registrar, keep_inputs
 from monai_rl_reg.request import Options, Pair
 from monai_rl_reg.tables import plain, write_table
@@ -113,7 +113,7 @@ def register_pairs(
     """
     jobs, output = read_jobs(pairs), Path(output)
     with _processes() as (rank, world):
-        _check_writable(output / f".writable.{rank}")
+        check_writable(output, f".writable.{rank}")
         shares: list[Any] = [None] * world
         rows: list[dict[str, Any]] = []
         if rank == 0:  # of an earlier run that was killed
@@ -162,43 +162,56 @@ def _work(
     """Register one pair after the other, while a thread reads the next one; yield the row of each."""
     known = made_by if resume else None
     with ThreadPoolExecutor(1) as reader:
-        following: Future[Pair | dict[str, Any]] | None = None
+        following: Future[tuple[Pair | None, dict[str, Any]]] | None = None
         for i, job in enumerate(jobs):
             current = following or reader.submit(_prepare, job, output, known)
             following = reader.submit(_prepare, jobs[i + 1], output, known) if i + 1 < len(jobs) else None
-            if current.exception() is None and isinstance(pair := current.result(), Pair):
+            if current.exception() is None and (pair := current.result()[0]) is not None:
                 _check_bundle(registrar, pair.fixed.ndim - 1)
+            pair = None  # while the next pair is registered, this one is not kept
             try:
-                ready = current.result()
-                if isinstance(ready, Pair):
-                    result = registrar.register(ready, options)
-                    result.quality["made_of"] = _made_of(job) | made_by
-                    result.save(output / job["name"], **save)
-                    ready = result.quality
-                yield _row(job, "done", ready)
+                yield _row(job, "done", _registered(job, current, output, registrar, options, save, made_by))
             except Exception as error:
                 yield _failure(job, error)
 
 
-def _prepare(job: dict[str, str], output: Path, made_by: dict[str, Any] | None) -> Pair | dict[str, Any]:
-    """Read a pair; or its quality figures, where it is complete already and ``made_by`` says how it would be now."""
+def _registered(
+    job: dict[str, str],
+    prepared: Future[tuple[Pair | None, dict[str, Any]]],
+    output: Path,
+    registrar: Registrar,
+    options: Options,
+    save: dict[str, bool],
+    made_by: dict[str, Any],
+) -> dict[str, Any]:
+    """Register a pair that was read, unless it is complete, write its files, and return its quality figures."""
+    pair, known = prepared.result()
+    if pair is None:
+        return known
+    result = registrar.register(pair, options)
+    result.quality["made_of"] = known | made_by
+    result.save(output / job["name"], **save)
+    return result.quality
+
+
+def _prepare(job: dict[str, str], output: Path, made_by: dict[str, Any] | None) -> tuple[Pair | None, dict[str, Any]]:
+    """Read a pair, and tell the files that it is made of, as they are before that.
+
+    Of one that is complete already, where ``made_by`` says how it would be now, there are its quality figures alone.
+    """
     keep_inputs(output / job["name"], *(path for role, path in job.items() if role != "name"))
+    made_of = {role: file_stamp(path) for role, path in job.items() if role != "name"}
     path = output / job["name"] / "quality.json"
     if made_by is not None and path.is_file():
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # or what is no registration's
             quality: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            then, now = quality.get("made_of", {}), json.loads(json.dumps(plain(_made_of(job) | made_by), default=str))
+            then, now = quality.get("made_of", {}), json.loads(json.dumps(plain(made_of | made_by), default=str))
             missing = [name for name in quality.get("files", []) if not (path.parent / name).is_file()]
             if then == now and not missing:
-                return quality
+                return None, quality
             changed = missing + [key for key in {*then, *now} if then.get(key) != now.get(key)]
             logger.info("%s: registered again, changed since: %s", job["name"], ", ".join(sorted(changed)))
-    return Pair.read(**{key: value for key, value in job.items() if key != "name"})
-
-
-def _made_of(job: dict[str, str]) -> dict[str, Any]:
-    """The files that a pair is made of, each with what tells it from another one of its name."""
-    return {role: file_stamp(path) for role, path in job.items() if role != "name"}
+    return Pair.read(**{key: value for key, value in job.items() if key != "name"}), made_of
 
 
 def _check_bundle(registrar: Registrar, spatial_dims: int) -> None:
@@ -218,12 +231,6 @@ def _failure(job: dict[str, str], error: Exception) -> dict[str, Any]:
         logger.error("%s", job["name"], exc_info=error)
     reason = str(known) if known is not None else f"{type(error).__name__}: {error}"
     return _row(job, "failed", {"reason": " ".join(reason.split())})
-
-
-def _check_writable(path: Path) -> None:
-    with replacing(path):
-        pass
-    path.unlink()
 
 
 def _row(job: dict[str, str], status: str, quality: dict[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def guided_in(path: str) -> bool:
         InputError: if the file is missing or is no checkpoint.
     """
     checkpoint = load_checkpoint(path)
-    first = part(checkpoint, "network").get("planner.levels.0.0.conv.weight")
+    weights = part(checkpoint, "network")
+    first = weights.get("planner.levels.0.0.conv.weight") if isinstance(weights, dict) else None
     return isinstance(first, Tensor) and first.shape[1] > 2 + 2 * _structures(checkpoint)
 
 
@@ -174,4 +175,5 @@ def intensity_range_in(path: str) -> list[float] | None:
 
 
 def _structures(checkpoint: dict[str, Any]) -> int:
-    return int(checkpoint["anatomy"]["structures"]) if "anatomy" in checkpoint else 0
+    anatomy = checkpoint.get("anatomy")
+    return int(anatomy["structures"]) if isinstance(anatomy, dict) and "structures" in anatomy else 0

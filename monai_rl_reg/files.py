@@ -15,8 +15,13 @@ from typing import Any
 
 from monai_rl_reg.errors import InputError
 
+HEADERS = (".mhd", ".nhdr", ".hdr", ".img")
+"""Suffixes of images in two files."""
 RENAME_EXCHANGE = 2  # of Linux's renameat2
 AT_FDCWD = -100
+UMASK = os.umask(0)
+"""What new files may not be; read once, for to read it is to change it, for all threads."""
+os.umask(UMASK)
 
 
 @contextmanager
@@ -36,12 +41,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"output {path}: expected room to write it, found: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path, name: str = ".writable") -> None:
+    """Make a folder, and see that files can be written into it, by one of this name, which goes again.
+
+    Raises:
+        InputError: if not.
+    """
+    with replacing(Path(folder) / name):
+        pass
+    (Path(folder) / name).unlink()
 
 
 @contextmanager
@@ -69,7 +85,7 @@ def replacing_folder(folder: str | Path, ours: Set[str]) -> Iterator[Path]:
         inside = inside or (folder.is_dir() and not os.access(folder.resolve().parent, os.W_OK | os.X_OK))
         home = folder if inside else folder.resolve().parent
         staging = Path(tempfile.mkdtemp(dir=home, prefix=f".{folder.resolve().name}."))
-        staging.chmod(0o777 & ~_umask())
+        staging.chmod(0o777 & ~UMASK)
         if folder.is_dir() and not inside:
             _take_after(staging, folder)
         number = staging.stat().st_ino
@@ -118,12 +134,15 @@ def file_stamp(path: str | Path) -> dict[str, Any]:
     """Return a file's full path, its size, and when it was last changed; the path alone if it is none.
 
     Of a folder, such as a DICOM series, its files count, all together; also of one that is no path but a series in it.
+    Of a header, whose voxels are in a file beside it, so does what has its name and another suffix.
     """
     path = Path(path).resolve()
     there = path if path.exists() or not path.parent.is_dir() or not path.suffix[1:].isdigit() else path.parent
     if not there.exists():
         return {"path": str(path)}
     found = [file.stat() for file in there.iterdir()] if there.is_dir() else []
+    if there.suffix in HEADERS:
+        found += [file.stat() for file in there.parent.glob(f"{glob.escape(there.stem)}.*")]
     found.append(there.stat())
     size, changed = sum(status.st_size for status in found), max(status.st_mtime_ns for status in found)
     return {"path": str(path), "size": size, "changed": changed}
@@ -196,9 +215,3 @@ def _move_in(staging: Path, folder: Path, ours: Set[str]) -> None:
         (staging / name).replace(folder / name)
     for name in ours - written:
         (folder / name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -87,11 +87,12 @@ class Correspondence:
         to_moving = reduced(torch.linalg.inv(volume.affine.double()), d)
         source = volume.as_tensor().float()
         outside = 0.0 if nearest else min(0.0, float(source.min()))
+        source = source - outside if outside else source
         moved = torch.empty(1, *shape, dtype=label_dtype(source) if nearest else torch.float32)
         for rows, world in slabs(reduced(affine, d), shape):
             there = carry(self.initial, world) if initial_only else world + self.displacement.displacement[:, rows]
             landing = transform_points(to_moving, there).float()
-            moved[:, rows] = (sample(source - outside, landing, mode=mode, outside="zeros") + outside).to(moved.dtype)
+            moved[:, rows] = (sample(source, landing, mode=mode, outside="zeros") + outside).to(moved.dtype)
         return MetaTensor(moved, affine=affine)
 
     def inverse(self, moving: MetaTensor) -> tuple[MetaTensor, float, float]:

@@ -147,8 +147,15 @@ def write_transform(path: str | Path, displacement: Tensor, affine: Tensor) -> N
         path: of the file.
         displacement: (d, *spatial) in RAS millimetres.
         affine: (4, 4), of its grid.
+
+    Raises:
+        OSError: if there is no room.
     """
-    sitk.WriteTransform(sitk.DisplacementFieldTransform(to_itk(displacement, affine, vectors=True)), str(path))
+    transform = sitk.DisplacementFieldTransform(to_itk(displacement, affine, vectors=True))
+    try:
+        sitk.WriteTransform(transform, str(path))
+    except RuntimeError as error:
+        raise OSError(f"ITK could not write {Path(path).name}") from error
 
 
 def read_series(folder: str | Path, what: str) -> sitk.Image:

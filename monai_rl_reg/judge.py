@@ -22,7 +22,7 @@ from monai_rl_reg.anatomy import Anatomy
 from monai_rl_reg.checkpoints import fill_weights, load_checkpoint, part
 from monai_rl_reg.data import read_pairs
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.files import replacing
+from monai_rl_reg.files import check_writable, replacing
 from monai_rl_reg.nifti import read_image
 
 LEAST_STEPS = 5
@@ -157,6 +157,7 @@ def calibrate(
         policy.witness = bears = _witness(_halved(weights), witness, dimensions).to(policy.device)  # as kept
     elif policy.witness is None:
         raise InputError(f"checkpoint {ckpt}: it sees no structures itself; expected a witness that does, found none")
+    check_writable(Path(os.path.realpath(ckpt)).parent)  # before the work
     seen, true = [], []
     for row in tqdm(rows, desc="calibrating", unit="pair", disable=not progress, dynamic_ncols=True):
         missing = [key for key in ("fixed_label", "moving_label") if not row.get(key)]
@@ -165,6 +166,8 @@ def calibrate(
         pair = Pair.read(**{key: row[key] for key in ("fixed", "moving", "fixed_label", "moving_label")})
         options = Options(max(policy.steps, LEAST_STEPS), inverse=False)
         for step in registrar.register(pair, options).curve:
+            if "dice" not in step:
+                raise InputError(f"pair of {row['fixed']}: expected labels that show at the policy's voxel size")
             seen.append(step["seen_dice"])
             true.append(step["dice"])
     if len(seen) < NEAREST:

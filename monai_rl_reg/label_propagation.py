@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from monai_rl_reg.nifti import read_image
 from monai_rl_reg.registration import Registrar, Registration
 from monai_rl_reg.request import Options, Pair
 from monai_rl_reg.tables import plain
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 ROLLOUTS = 4
@@ -128,8 +131,16 @@ class LabelPropagation:
             others = [case for case in others if case.name == atlas]
             if not others:
                 raise InputError(f"atlas {atlas}: expected {AUTO} or another case that has a label, found none")
+        found, failed = [], None
         with self.space.turn:
-            found = [(case, self.space.correlation(image, case.image)) for case in others]
+            for case in others:
+                try:
+                    found.append((case, self.space.correlation(case.image, image)))
+                except InputError as error:  # one that cannot be used is no atlas
+                    logger.warning("atlas %s: %s", case.name, error)
+                    failed = error
+        if failed is not None and not found:
+            raise failed
         ranked = sorted(found, key=lambda item: -item[1])
         useful = (one for one in ranked if atlas == AUTO and has_any(one[0], names))
         return list(islice(useful, count)) or ranked[:count]

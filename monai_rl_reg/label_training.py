@@ -14,10 +14,11 @@ from typing import Any
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
-from monai_rl_reg.atlases import Case
+from monai_rl_reg.atlases import Case, has_any
 from monai_rl_reg.checkpoints import guided_in, intensity_range_in, load_policy, structures_in
 from monai_rl_reg.engine import scalars
 from monai_rl_reg.errors import InputError, bare_input_errors
+from monai_rl_reg.files import file_stamp
 from monai_rl_reg.finishing import label_dtype
 from monai_rl_reg.handlers import TrainingTime
 from monai_rl_reg.nifti import read_image, write_image
@@ -103,7 +104,7 @@ def split_cases(cases: Sequence[Case], folder: Path, names: Mapping[str, int]) -
     """
     if len(cases) < 2:
         raise InputError(f"training: expected at least two images, found {len(cases)}")
-    labelled = [case for case in cases if case.label]
+    labelled = [case for case in cases if case.label and has_any(case, names)]
     if len(labelled) < LEAST_LABELLED:
         every = itertools.permutations([case.image for case in cases[:MOST_VALIDATION]], 2)
         pairs = [{"fixed": fixed, "moving": moving} for fixed, moving in every]
@@ -165,7 +166,10 @@ def train(
     values |= {"train::dataset::progress": False, "validate::dataset::progress": False}
     if labelled:
         values["labels"] = list(names.values())
-    if (pixdim := coarser_voxels(read_image(cases[0].image, spatial_dims=None), MOST_VOXELS)) is not None:
+    by_size = sorted((case.image for case in cases), key=lambda path: file_stamp(path).get("size", 0))
+    largest = read_image(by_size[-1], spatial_dims=None)
+    values["spatial_dims"] = largest.ndim - 1
+    if (pixdim := coarser_voxels(largest, MOST_VOXELS)) is not None:
         tell(f"large images: training with voxels of {' x '.join(f'{size:.2g}' for size in pixdim)} mm")
         values["pixdim"] = pixdim
     if device is not None:
@@ -173,7 +177,7 @@ def train(
     parser = ConfigParser()
     parser.read_config([root / "configs" / name for name in ("train.json", WITH_LABELS)[: 1 + labelled]])
     config: Any = parser.config
-    count = sum(case.label is not None for case in cases)
+    count = sum(case.label is not None and has_any(case, names) for case in cases)
     if not labelled and start != SCRATCH and structures_in(str(weights.path(start) or root / "models" / "model.pt")):
         raise InputError(
             f"training: expected at least {LEAST_LABELLED} labelled cases, found {count}: the weights to go on from "
@@ -247,7 +251,7 @@ def _first_weights(weights: Weights, start: str, root: Path, structures: int) ->
     if start == SCRATCH:
         return None
     shipped = [root / "models" / name for name in ("model.pt", "model_without_labels.pt")]
-    for path in [weights.path(start), *shipped]:
+    for path in [weights.path(start), weights.shipped, *shipped]:
         if path is not None and path.is_file() and structures_in(str(path)) == structures:
             return path
     return None
@@ -256,7 +260,7 @@ def _first_weights(weights: Weights, start: str, root: Path, structures: int) ->
 def _label_file(case: Case, folder: Path, names: Mapping[str, int]) -> str:
     """Return the path of a label map with the values of ``names``: its own, unless its values differ from them."""
     assert case.label is not None
-    if case.values is None or all(names.get(name, value) == value for name, value in case.values.items()):
+    if case.values is None or all(names.get(name) == value for name, value in case.values.items()):
         return case.label
     label = case.read_label(read_image(case.image, spatial_dims=None), names)
     path = folder / "labels" / f"{case.name}.nii.gz"

@@ -33,6 +33,8 @@ BUNDLES = next((p for p in (_package / "bundles", _package.parent / "bundles") i
 """The folder of the bundles: inside the package where it was installed, beside it in the repository."""
 DEFAULT_BUNDLE = BUNDLES / "rl_reg"
 CONFIG = Path("configs") / "inference.json"
+PARTS = ("device", "ckpt", "network", "task", "inferer", "case_transform", "preprocessing", "run")
+"""Ids that a registration takes from it."""
 WITH_LABELS = "with_labels.json"
 """Laid over ``train.json`` to train a policy that sees structures."""
 
@@ -83,8 +85,8 @@ def _read(folder: Path, *configs: Path) -> ConfigParser:
 
 def _check_device(name: str) -> None:
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(2, device=name).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         what = str(error).splitlines()[0]
         raise InputError(f"device {name}: expected one that can be computed on, found: {what}") from error
 
@@ -128,6 +130,8 @@ class PolicyBundle:
             _check_device(str(device))
             self.settings["device"] = f"$torch.device({str(device)!r})"
         parser = self._parser()
+        if missing := [name for name in PARTS if name not in parser]:
+            raise InputError(f"bundle {self.folder}: expected one that registers, found no {missing[0]} in {CONFIG}")
         with bare_input_errors():
             self.device: torch.device = parser.get_parsed_content("device")
             self.ckpt = str(parser.get_parsed_content("ckpt"))

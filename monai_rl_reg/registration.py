@@ -134,7 +134,10 @@ def keep_inputs(folder: str | Path, *paths: Any) -> None:
     """
     folder = Path(folder).resolve()
     for path in paths:
-        if isinstance(path, str | Path) and Path(path).name in FILES and Path(path).resolve().parent == folder:
+        if not isinstance(path, str | Path):
+            continue
+        itself = Path(path).parent.resolve() / Path(path).name, Path(path).resolve()  # a link, and what it leads to
+        if any(file.name in FILES and file.parent == folder for file in itself):
             raise InputError(
                 f"output {folder}: expected a folder whose results are none of what is given, found {path}, which "
                 "would be replaced"

@@ -19,7 +19,7 @@ from monai.utils import get_seed
 
 from monai_rl_reg.checkpoints import load_checkpoint, load_policy
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.files import replacing
+from monai_rl_reg.files import check_writable
 
 NUMBERED = re.compile(r"checkpoint_epoch=(\d+)\.pt")
 LEFTOVER = re.compile("tmp[a-z0-9_]{8}")
@@ -86,6 +86,20 @@ class ResumeTraining(CheckpointLoader):
         super().attach(engine)
         engine.add_event_handler(Events.STARTED, _reseed)
         print(f"Resuming from {self.load_path}")
+
+    def __call__(self, engine: Engine) -> None:
+        """Load it.
+
+        Raises:
+            InputError: if it is one of another configuration.
+        """
+        try:
+            super().__call__(engine)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"checkpoint {self.load_path}: expected one of a training with this configuration, found another "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from error
 
 
 def _scaler(engine: Engine) -> Any:
@@ -186,9 +200,7 @@ def prepare_output(output_dir: str, *, resume: bool = False) -> Path:
         for path in folder.iterdir():
             if LEFTOVER.fullmatch(path.name) and path.is_file():
                 path.unlink()
-        with replacing(folder / ".writable"):
-            pass
-        (folder / ".writable").unlink()
+        check_writable(folder)
     except OSError as error:
         raise InputError(
             f"output {folder}: expected a folder that can be written to, found: {error.strerror}"
@@ -223,9 +235,18 @@ def _claim(folder: Path) -> None:
 
 
 def latest_checkpoint(output_dir: str) -> str | None:
-    """Return the newest training checkpoint of a run, or None where it has none."""
-    found = sorted(Path(output_dir).glob("checkpoint*.pt"), key=_epoch)
-    return str(found[-1]) if found else None
+    """Return the newest training checkpoint of a run, or None where it has none.
+
+    One that cannot be read, as after a power failure, is passed over, with a word.
+    """
+    for path in sorted(Path(output_dir).glob("checkpoint*.pt"), key=_epoch, reverse=True):
+        try:
+            load_checkpoint(str(path))
+        except InputError as error:
+            print(f"Passing over a damaged file: {error}")
+        else:
+            return str(path)
+    return None
 
 
 def _epoch(path: Path) -> float:

@@ -91,7 +91,9 @@ class EvaluationTable:
 def label_figures(
     moved: Tensor, unmoved: Tensor, fixed: Tensor, labels: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Return ``dice_before``, ``dice``, ``hd95_mm`` (means over the fixed map's labels) and ``dice_<label>`` each.
+    """Return ``dice_before``, ``dice`` and ``hd95_mm``, means over the fixed map's labels, and ``dice_<label>`` each.
+
+    A label that the moved map has lost has a Dice of 0, and no distance.
 
     Args:
         moved: label map (1, *spatial) on the fixed grid.
@@ -134,8 +136,8 @@ class RegistrationWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
 
     def _write(self, engine: Engine) -> None:
-        several = (engine.state.epoch_length or 1) > 1
         results: Any = engine.state.output
+        several = (engine.state.epoch_length or 1) * len(results) > 1
         for output in results:
             folder = self.output_dir / f"{self.count:04d}" if several else self.output_dir
             self.count += 1

@@ -16,6 +16,7 @@ import torch
 
 from monai_rl_reg.batch import _write_share, read_jobs, register_pairs
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.files import file_stamp
 from monai_rl_reg.phantoms import make_case
 from monai_rl_reg.registration import Registrar, Registration
 from monai_rl_reg.request import Options, Pair
@@ -121,6 +122,44 @@ def test_resume_registers_again_what_was_made_otherwise(pairs: Path, registrar: 
     weights = tmp_path / "model.pt"
     shutil.copy(registrar.bundle().ckpt, weights)
     assert again(Options(steps=2), Registrar(ckpt=weights, device="cpu")) == every
+
+
+def test_resume_registers_again_what_changed_while_it_was_registered(
+    pairs: Path, registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out, moving = Registrar.register, tmp_path / "out", pairs.parent / "1.nii.gz"
+
+    def slow(self: Registrar, pair: Pair, options: Options, **how: object) -> Registration:
+        result = real(self, pair, options)
+        if result.quality["moving"] == str(moving):
+            moving.touch()  # as if written anew
+        return result
+
+    monkeypatch.setattr(Registrar, "register", slow)
+    register_pairs(pairs, out, registrar, QUICK, progress=False)
+    monkeypatch.undo()
+    before = (out / "0000" / "quality.json").stat().st_mtime_ns
+    register_pairs(pairs, out, registrar, QUICK, resume=True, progress=False)
+    assert (out / "0000" / "quality.json").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"files": 3}'])
+def test_a_foreign_quality_file_is_no_result(content: str, pairs: Path, registrar: Registrar, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "second").mkdir(parents=True)
+    (out / "second" / "quality.json").write_text(content)
+    rows = register_pairs(pairs, out, registrar, QUICK, resume=True, progress=False)
+    assert rows[1]["status"] == "done"
+
+
+def test_voxels_beside_a_header_tell_one_image_from_another(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(torch.rand(4, 5, 6).numpy())
+    sitk.WriteImage(image, str(tmp_path / "a.mhd"))
+    before = file_stamp(tmp_path / "a.mhd")
+    assert file_stamp(tmp_path / "a.mhd") == before
+    with open(tmp_path / "a.raw", "ab") as file:
+        file.write(b"more")
+    assert file_stamp(tmp_path / "a.mhd") != before
 
 
 def test_the_table_grows_with_the_pairs(

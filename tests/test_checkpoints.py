@@ -102,7 +102,9 @@ def test_a_resumed_training_scales_gradients_as_before(first: bool, second: bool
     assert run(second, None) == found
 
 
-def test_newest_checkpoint_and_leftovers_go_by_names_and_content(tmp_path: Path) -> None:
+def test_newest_checkpoint_and_leftovers_go_by_names_and_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("tmp_notes.txt", "tmpl.nii.gz", "tmp0a_b9zx3"):
         (tmp_path / name).touch()
     (tmp_path / "tmp").mkdir()
@@ -121,6 +123,18 @@ def test_newest_checkpoint_and_leftovers_go_by_names_and_content(tmp_path: Path)
     assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_final.pt")
     (tmp_path / "checkpoint_final.pt").write_bytes(b"cut off")
     assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_epoch=10.pt")
+    (tmp_path / "checkpoint_epoch=10.pt").write_bytes(b"")
+    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint_epoch=9.pt")
+    assert "Passing over a damaged file: checkpoint" in capsys.readouterr().out
+
+
+def test_resuming_with_another_configuration_is_one_sentence(tmp_path: Path) -> None:
+    saved = {"network": torch.nn.Linear(2, 2).state_dict(), "trainer": {"iteration": 1, "epoch_length": 1}}
+    torch.save(saved, tmp_path / "checkpoint_epoch=1.pt")
+    engine = Engine(lambda engine, batch: None)
+    ResumeTraining(str(tmp_path), {"network": torch.nn.Linear(3, 2)}).attach(engine)
+    with pytest.raises(InputError, match="expected one of a training with this configuration, found another"):
+        engine.run([0], max_epochs=2, epoch_length=1)
 
 
 def test_start_from_weights_that_do_not_fit_is_one_sentence(tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ def test_a_wrong_command_has_status_2(arguments: list[str], capsys: pytest.Captu
     ("arguments", "words"),
     [
         (["--bundle", "nowhere"], "error: bundle nowhere: expected a folder with configs/inference.json"),
+        (["--bundle", str(ROOT / "bundles" / "rl_digits")], "rl_digits: expected one that registers, found no"),
+        (["--device", "meta"], "error: device meta: expected one that can be computed on"),
         (["--ckpt", "nothing.pt"], "error: checkpoint nothing.pt: expected a file, found none"),
         (["--initial", "nothing.tfm"], "error: initial transform nothing.tfm: expected a file, found none"),
         (["--landmarks", "nothing.csv"], "error: landmarks nothing.csv: expected a CSV file, found none"),

@@ -132,3 +132,16 @@ def test_five_atlases_are_better_than_one_on_unseen_hippocampi(
             assert all(r.quality["by_label"] == {"1": 1, "2": 2} for r in draft.registrations)
     assert sum(dice[1]) / 3 > 0.8
     assert sum(dice[5]) / 3 > max(0.84, sum(dice[1]) / 3)
+
+
+def test_a_case_that_cannot_be_used_is_passed_over(
+    propagation: LabelPropagation, cohort: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = cases_of(cohort)[:3]
+    flat = Case("flat", str(tmp_path / "flat.nii.gz"), cases[1].label)
+    write_image(flat.image, torch.rand(1, 20, 20), torch.eye(4))
+    chosen = propagation.choose(cases[0].image, [flat, *cases], 3, NAMES)
+    assert {case.name for case, _ in chosen} == {cases[1].name, cases[2].name}
+    assert "atlas flat: " in caplog.text
+    with pytest.raises(InputError, match="expected"):
+        propagation.choose(cases[0].image, [flat], 1, NAMES)

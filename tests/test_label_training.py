@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from monai_rl_reg.atlases import Case
 from monai_rl_reg.checkpoints import structures_in, voxel_size_in
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.label_training import Weights, split_cases, train
-from monai_rl_reg.nifti import read_image
+from monai_rl_reg.nifti import read_image, read_volume
 from monai_rl_reg.policy_bundle import DEFAULT_BUNDLE
 
 NAMES = {"a": 1, "b": 2, "c": 3, "d": 4}
@@ -118,8 +119,20 @@ def test_large_images_are_trained_on_with_larger_voxels(
     cases = cases_of(cohort, labelled=0)[:3]
     train(cases, {}, weights, minutes=0.001, start="scratch", device="cpu", tell=lines.append)
     size = voxel_size_in(str(weights.path()))
-    before = read_image(cases[0].image)
+    before = read_image(max((case.image for case in cases), key=lambda path: Path(path).stat().st_size))
     assert size is not None
     assert min(size) > 1.2
     assert before.numel() / float(torch.tensor(size).prod()) == pytest.approx(3000, rel=0.2)  # of 1 mm each
     assert lines[0].startswith("large images: training with voxels of")
+
+
+def test_labels_of_other_names_are_not_learnt(cohort: Path, tmp_path: Path) -> None:
+    cases = [replace(case, values={"one": 1, "other": 2}) for case in cases_of(cohort)[:4]]
+    cases[0] = replace(cases[0], values={"other": 1})
+    splits = split_cases(cases, tmp_path, {"one": 1})
+    files = {row["label"] for row in splits["training"] if "label" in row}
+    files |= {pair[f"{role}_label"] for pair in splits["validation"] for role in ("fixed", "moving")}
+    assert len(files) == 3
+    assert not files & {case.label for case in cases}
+    for file in files:
+        assert read_volume(file).unique().tolist() == [0, 1]

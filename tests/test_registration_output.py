@@ -198,3 +198,16 @@ def test_what_is_given_is_not_replaced(oblique_files: dict[str, str], tmp_path: 
     keep_inputs(tmp_path / "out", given)
     with pytest.raises(InputError, match=r"none of what is given, found .*moved\.nii\.gz, which would be replaced"):
         keep_inputs(tmp_path, oblique_files["fixed"], str(given))
+
+
+def test_links_are_no_way_to_lose_what_is_given(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "mine.nii.gz").write_text("mine")
+    (out / "moved.nii.gz").symlink_to(tmp_path / "mine.nii.gz")  # saving would replace the link
+    (out / "moved_label.nii.gz").write_text("mine")
+    (tmp_path / "link.nii.gz").symlink_to(out / "moved_label.nii.gz")  # or what it leads to
+    for path in (out / "moved.nii.gz", tmp_path / "link.nii.gz"):
+        with pytest.raises(InputError, match="which would be replaced"):
+            keep_inputs(out, path)
+    keep_inputs(out, tmp_path / "mine.nii.gz", "auto", None)

@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 
 from monai_rl_reg.checkpoints import intensity_range_in, load_checkpoint, voxel_size_in
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.geometry import DenseTransform
 from monai_rl_reg.nifti import read_image
 from monai_rl_reg.policy_bundle import PolicyBundle
 from monai_rl_reg.working import ANOTHER_SIZE, GivenPair
@@ -154,3 +155,13 @@ def test_an_image_of_a_few_voxels_at_the_training_s_size_is_named(images: list[M
     bundle.voxel_size = (15 * spacing(images[0])).tolist()
     with pytest.raises(InputError, match=r"fixed image .*: expected at least 4 voxels .*, found \d x \d x \d of"):
         GivenPair(bundle, *images)
+
+
+def test_the_networks_look_wherever_an_initial_field_leads(bundle: PolicyBundle) -> None:
+    fixed = MetaTensor(torch.rand(1, 24, 24, 24), affine=torch.eye(4))
+    moving = MetaTensor(torch.rand(1, 24, 24, 90), affine=torch.eye(4))
+    field = torch.zeros(3, 24, 24, 24)
+    field[2, 6:18, 6:18, 6:18] = 50.0  # at the corners nothing
+    pair = GivenPair(bundle, fixed, moving)
+    assert pair._box(DenseTransform(field, torch.eye(4)))[2].stop > 17 + 50
+    assert pair._box(HERE)[2] == slice(0, 32)

@@ -82,6 +82,7 @@ class RegistrationApp(MONAILabelApp):  # type: ignore[misc]
 
     def infer(self, request: dict[str, Any], datastore: Any = None) -> Any:
         """Run an infer task; what the request gets wrong becomes an HTTP error of one sentence."""
+        request = {key: value for key, value in request.items() if key != "image_id"}  # clients name no folders
         model, image = request.get("model"), request.get("image")
         if model not in self._infers:
             raise HTTPException(404, f"model {model}: expected one of {', '.join(self._infers)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -230,7 +232,8 @@ class DraftDice(ScoringMethod):  # type: ignore[misc]
             except (InputError, ValueError, RuntimeError) as error:
                 logger.warning("dice of %s: %s", case.name, error)
                 continue
-            found[case.name] = float(dice)
+            if dice.isfinite().all():  # the final label has one of the names
+                found[case.name] = float(dice)
         self.workspace.note("dice", found)
         return found
 
@@ -244,7 +247,8 @@ def _choice(request: dict[str, Any], key: str, default: str) -> str:
 
 def _number(request: dict[str, Any], key: str, default: float) -> float:
     value = request.get(key)
-    try:
-        return default if value in (None, "") else float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{key}: expected a number, found {value!r}") from error
+    with contextlib.suppress(TypeError, ValueError):
+        number = default if value in (None, "") else float(value)
+        if math.isfinite(number):
+            return number
+    raise InputError(f"{key}: expected a number, found {value!r}")

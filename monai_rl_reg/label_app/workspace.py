@@ -18,6 +18,7 @@ from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.label_propagation import LabelPropagation
 from monai_rl_reg.label_training import LATEST, Weights
 from monai_rl_reg.nifti import read_image, read_label
+from monai_rl_reg.policy_bundle import CONFIG
 from monai_rl_reg.registration import Registrar
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Workspace:
         self._propagations: dict[str, LabelPropagation] = {}
         if self.weights.shipped is not None and not self.weights.shipped.is_file():
             raise InputError(f"--conf ckpt {self.weights.shipped}: expected a file, found none")
+        if (bundle := conf.get("bundle")) and not (Path(bundle) / CONFIG).is_file():
+            raise InputError(f"--conf bundle {bundle}: expected a folder with {CONFIG} in it, found none")
 
     def case(self, name: str) -> Case:
         """Return an image, with its final label and the label's names where there is one.
