@@ -40,6 +40,8 @@ COLUMNS = [
     "similarity_after",
     "dice_before",
     "dice_after",
+    "expected_dice",
+    "seen_dice_after",
     "tre_before_mm",
     "tre_after_mm",
     "folded_percent",

@@ -120,8 +120,8 @@ def load_critic(critic: torch.nn.Module, path: str) -> Any:
 class Kept:
     """Plain values by name, as something that a checkpoint can hold: what a registration must do as its training did.
 
-    :func:`voxel_size_in` finds the ``millimetres`` kept as ``voxel_size``, :func:`intensity_range_in` the ``values``
-    kept as ``intensity_range``.
+    :func:`setting_in` finds the values that are kept as ``settings``, :func:`voxel_size_in` the ``millimetres`` kept as
+    ``voxel_size``.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -164,14 +164,18 @@ def voxel_size_in(path: str) -> list[float] | None:
     return found
 
 
-def intensity_range_in(path: str) -> list[float] | None:
-    """Return the intensities that became 0 and 1 in a checkpoint's training; None where it went by percentiles.
+def setting_in(path: str, name: str, otherwise: Any = None) -> Any:
+    """Return what a setting of the training was, if the checkpoint says so; else ``otherwise``.
 
     Raises:
         InputError: if the file is missing or is no checkpoint.
     """
-    found: list[float] | None = load_checkpoint(path).get("intensity_range", {}).get("values")
-    return found
+    return load_checkpoint(path).get("settings", {}).get(name, otherwise)
+
+
+def full_name(instance: object) -> str:
+    """Return the name of an instance's class, as a configuration's ``_target_`` has it."""
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
 def _structures(checkpoint: dict[str, Any]) -> int:

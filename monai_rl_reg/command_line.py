@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
     how = command.add_argument_group("how")
     amount = how.add_mutually_exclusive_group()
-    amount.add_argument("--steps", type=int, metavar="N", help="number of steps (default: the bundle's)")
+    amount.add_argument("--steps", type=_steps, metavar="N", help="number of steps (default: the bundle's)")
     amount.add_argument("--stop", choices=["auto"], help="auto: stop when a step gains too little, or will")
     add = how.add_argument
     add("--refine", type=float, default=0.0, metavar="SECONDS", help="then improve this pair by gradient descent on "
@@ -153,6 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _steps(text: str) -> int | str:
+    return text if text == "auto" else int(text)  # auto: as from Python
+
+
 def _check(top: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     one = args.fixed is not None or args.moving is not None
     if one == bool(args.pairs) or (one and args.moving is None):
@@ -188,10 +192,12 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _register(args: argparse.Namespace) -> int:
     with quick_imports():  # torch and MONAI take seconds: not for --help
+        from monai_rl_reg.files import expect_folder
         from monai_rl_reg.registration import Registrar, keep_inputs
         from monai_rl_reg.request import Pair
         from monai_rl_reg.similarity import title
 
+    expect_folder(args.output)  # before the work
     keep_inputs(args.output, args.fixed, args.moving, args.fixed_label, args.moving_label, args.landmarks, args.initial)
     pair = Pair.read(
         args.fixed,

@@ -90,6 +90,12 @@ def read_cases(folder: str | Path) -> list[Case]:
     for image in images:
         label = folder / "labelsTr" / image.name
         cases.append({"image": str(image)} | ({"label": str(label)} if label.exists() else {}))
+    others = sorted(p.name for p in (folder / "labelsTr").glob("*") if p.name.endswith(SUFFIXES) and p.name[0] != ".")
+    if others and not any("label" in case for case in cases):
+        raise InputError(
+            f"dataset {folder}: expected labels in labelsTr that are called as their images, found {others[0]} and "
+            f"{images[0].name}"
+        )
     return cases
 
 
@@ -156,6 +162,19 @@ def split_data(
     return {"training": kept, "validation": validation}
 
 
+def tell_data(splits: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+    """Print what is trained on and validated with; of several processes the first one does.
+
+    Args:
+        splits: of :func:`split_data`.
+    """
+    training, pairs = splits["training"], "fixed" in splits["training"][0]
+    labelled = sum(("fixed_label" if pairs else "label") in row for row in training)
+    what = f"{len(training)} {'pairs' if pairs else 'cases'}, {labelled} of them with labels"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Training on {what}; validating on {len(splits['validation'])} pairs")
+
+
 def evaluation_pairs(*, pairs: str | None = None, val_pairs: str | None = None, **source: Any) -> list[Pair]:
     """Return the pairs to evaluate: those of a CSV, else the validation pairs of :func:`split_data`."""
     chosen = pairs or val_pairs
@@ -201,7 +220,7 @@ class PairDataset(Dataset[Any]):
             ``fixed_label`` and ``moving_label``.
         augment: applied to each case, a dictionary with ``image`` and, where there is one, ``label``, every time it
             becomes part of a pair. It changes the anatomy, not where the image lies: the affine stays.
-        labels: label values to use; others become background. By default every value found.
+        labels: label values to use, or the only one; others become background. By default every value found.
         allow_unlabelled: where only some cases have a label, give the others a map of
             :data:`~monai_rl_reg.metrics.UNLABELLED`; False leaves all labels out then.
         image_size: one size for all pairs, so that they can be batched: a size, or ``auto`` for the smallest multiple
@@ -209,7 +228,8 @@ class PairDataset(Dataset[Any]):
         progress: show a progress bar while loading.
 
     Raises:
-        InputError: if the two label files of a pair disagree on the values they hold (see :meth:`check_labels`).
+        InputError: if the two label files of a pair disagree on the values they hold (see :meth:`check_labels`), or
+            no case has one of ``labels``.
     """
 
     def __init__(
@@ -219,7 +239,7 @@ class PairDataset(Dataset[Any]):
         transform: Callable[[Any], Any],
         *,
         augment: Callable[[Any], Any] | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int] | int | None = None,
         allow_unlabelled: bool = False,
         image_size: str | Sequence[int] | None = None,
         progress: bool = True,
@@ -241,7 +261,10 @@ class PairDataset(Dataset[Any]):
             found = [set(self.cases[i].get("values", [])) for i in range(len(cases))]
             if labels is None:
                 self.check_labels(found)
-            self.labels = sorted(set().union(*found)) if labels is None else list(labels)
+            there = sorted(set().union(*found))
+            self.labels = there if labels is None else [labels] if isinstance(labels, int) else list(labels)
+            if unknown := set(self.labels) - set(there):
+                raise InputError(f"labels: expected values among {_listed(set(there))}, found {_listed(unknown)}")
 
         self.image_size = image_size
         if image_size == "auto":
@@ -358,14 +381,21 @@ def _stem(path: str) -> str:
     return next((name[: -len(s)] for s in SUFFIXES if name.endswith(s)), name)
 
 
+def _several(names: Sequence[str] | str) -> Sequence[str]:
+    """Return names that are given as a list, or as one word with commas, as command lines have them."""
+    return names.replace(" ", "").split(",") if isinstance(names, str) else names
+
+
 def _held_out(cases: list[Case], names: Sequence[str] | None, folder: str) -> list[Case]:
     if names is None:
         labelled = [case for case in cases if "label" in case]
         pool = labelled if len(labelled) > 2 else cases  # to be judged by, and some left to learn from
         return pool[-max(2, len(pool) // 5) :]
-    wanted = {_stem(name) for name in names}
+    wanted = {_stem(name) for name in _several(names)}
     held_out = [case for case in cases if _stem(case["image"]) in wanted]
     lacking = wanted - {_stem(case["image"]) for case in held_out}
+    if len(held_out) == 1 and not lacking:
+        raise InputError(f"dataset {folder}: expected at least two validation cases, to make pairs of, found one name")
     if lacking:
         raise InputError(f"dataset {folder}: expected the validation cases {_listed(lacking)} in imagesTr, found none")
     return held_out
@@ -373,7 +403,7 @@ def _held_out(cases: list[Case], names: Sequence[str] | None, folder: str) -> li
 
 def _rows_among(rows: list[Pair], names: Sequence[str], file: str) -> tuple[list[Pair], set[str]]:
     """Return the rows whose images are both among the named ones, and all of the named ones' files."""
-    wanted = {_stem(name) for name in names}
+    wanted = {_stem(name) for name in _several(names)}
     files = {_identity(row[role]) for row in rows for role in ("fixed", "moving") if _stem(row[role]) in wanted}
     lacking = wanted - {_stem(path) for path in files}
     among = [row for row in rows if {_stem(row["fixed"]), _stem(row["moving"])} <= wanted]

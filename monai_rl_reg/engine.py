@@ -13,6 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from monai_rl_reg.convolutions import quick_convolutions
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.losses import SoftActorCriticLoss
 from monai_rl_reg.replay import ReplayBuffer
 from monai_rl_reg.rollout import rollout
@@ -32,6 +33,9 @@ class ReinforcementUpdate:
         batch_size: transitions an update.
         warm_up: iterations that only collect transitions.
         max_grad_norm: the gradient of each of the optimiser's parameter groups is clipped to this norm.
+
+    Raises:
+        InputError: if one of the numbers is below 1.
     """
 
     def __init__(
@@ -44,6 +48,9 @@ class ReinforcementUpdate:
         warm_up: int = 0,
         max_grad_norm: float = 1.0,
     ) -> None:
+        for name, value in {"steps": steps, "updates": updates, "update_batch_size": batch_size}.items():
+            if value < 1:
+                raise InputError(f"{name}: expected a number from 1 up, found {value}")
         self.replay = replay
         self.steps = steps
         self.updates = updates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def _load(network: str, weights: str | None) -> Any:
             model = get_model(network, weights=None if weights else "DEFAULT")
         except ValueError as error:
             raise InputError(f"feature network {network}: expected one of torchvision's models ({error})") from error
-        except OSError as error:
+        except (OSError, RuntimeError, HTTPException) as error:  # no network, or a file that came damaged
             logger.warning(
                 "feature network %s: its weights could not be downloaded (%s); random filters take their place, which "
                 "know colours and textures but no objects; name a file of weights with feature_weights",

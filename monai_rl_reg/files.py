@@ -49,6 +49,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def expect_folder(folder: str | Path) -> None:
+    """See whether a folder is there, or can be made, and written to, without making it.
+
+    Raises:
+        InputError: if not.
+    """
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        found = "one that may not be written to" if there.is_dir() else f"the file {there}"
+        raise InputError(f"output {folder}: expected a folder that can be written to, found {found}")
+
+
 def check_writable(folder: str | Path, name: str = ".writable") -> None:
     """Make a folder, and see that files can be written into it, by one of this name, which goes again.
 

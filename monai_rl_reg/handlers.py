@@ -13,6 +13,8 @@ from monai.engines import Evaluator
 from monai.handlers import ValidationHandler
 from tqdm import tqdm
 
+from monai_rl_reg.errors import InputError
+
 
 class TrainingProgress:
     """One progress bar over all iterations of a training, with the loss, the return and the validation figures.
@@ -133,9 +135,14 @@ class EpochValidation(ValidationHandler):
     Args:
         interval: validate after every so many epochs.
         validator: MONAI's evaluator.
+
+    Raises:
+        InputError: if the interval is below 1.
     """
 
     def __init__(self, interval: int, validator: Evaluator) -> None:
+        if interval < 1:
+            raise InputError(f"val_interval: expected a number of epochs from 1 up, found {interval}")
         super().__init__(interval, validator)
 
     def attach(self, engine: Engine) -> None:

@@ -25,7 +25,9 @@ TRIAL_GAIN = 0.02
 """Dice of seen structures by which one must be ahead after these to be of use."""
 
 
-def initial_transform(pair: GivenPair, wanted: str | Path | Tensor | None) -> tuple[WorldTransform, dict[str, Any]]:
+def initial_transform(
+    pair: GivenPair, wanted: str | Path | Tensor | None, *, alone: bool = False
+) -> tuple[WorldTransform, dict[str, Any]]:
     """Return the transform to begin with, from fixed to moving space, and what ``quality.json`` says of it.
 
     An alignment raises the correlation of the images whether or not the policy needs it. So where the policy sees
@@ -34,6 +36,7 @@ def initial_transform(pair: GivenPair, wanted: str | Path | Tensor | None) -> tu
     Args:
         pair: the images.
         wanted: as :attr:`~monai_rl_reg.request.Options.initial`.
+        alone: whether no steps follow: then it is of use wherever it raises the correlation.
 
     Raises:
         InputError: if a file cannot be read, or holds no transform of these dimensions.
@@ -46,14 +49,14 @@ def initial_transform(pair: GivenPair, wanted: str | Path | Tensor | None) -> tu
     fixed, moving = pair.given.values()
     if wanted != "auto":
         return read_transform(Path(str(wanted)), fixed), {"kind": "file", "file": str(wanted)}
-    alone = _seen_after_trial(pair, here)
-    if alone is not None and alone >= SEEN_ENOUGH:
+    without = None if alone else _seen_after_trial(pair, here)
+    if without is not None and without >= SEEN_ENOUGH:
         return here, {"kind": "identity"}
     found = align(fixed, moving, one_modality=pair.bundle.similarity.one_modality)
     before, after = round(found.correlation_before, 6), round(found.correlation_after, 6)
-    if found.kind != "identity" and alone is not None and alone >= LEAST_SEEN:
+    if found.kind != "identity" and without is not None and without >= LEAST_SEEN:
         aligned = _seen_after_trial(pair, found.transform)
-        if aligned is None or aligned <= alone + TRIAL_GAIN:
+        if aligned is None or aligned <= without + TRIAL_GAIN:
             figures = {"correlation_before": before, "correlation_after": before}
             return here, {"kind": "identity", "given_up": found.kind} | figures
     return found.transform, {"kind": found.kind, "correlation_before": before, "correlation_after": after}

@@ -156,22 +156,25 @@ def calibrate(
             raise InputError(f"witness {witness}: expected weights of a training with labels, found others")
         policy.witness = bears = _witness(_halved(weights), witness, dimensions).to(policy.device)  # as kept
     elif policy.witness is None:
-        raise InputError(f"checkpoint {ckpt}: it sees no structures itself; expected a witness that does, found none")
+        raise InputError(
+            f"checkpoint {ckpt}: expected one that sees structures, or a witness that does (--witness FILE), found none"
+        )
     check_writable(Path(os.path.realpath(ckpt)).parent)  # before the work
+    limit = max(policy.steps, LEAST_STEPS)
+    if len(rows) * (limit + 1) < NEAREST:
+        raise InputError(f"calibration: expected at least {-(-NEAREST // (limit + 1))} pairs, found {len(rows)}")
     seen, true = [], []
     for row in tqdm(rows, desc="calibrating", unit="pair", disable=not progress, dynamic_ncols=True):
         missing = [key for key in ("fixed_label", "moving_label") if not row.get(key)]
         if missing:
             raise InputError(f"pair of {row['fixed']}: expected labels of both images, found no {missing[0]}")
         pair = Pair.read(**{key: row[key] for key in ("fixed", "moving", "fixed_label", "moving_label")})
-        options = Options(max(policy.steps, LEAST_STEPS), inverse=False)
+        options = Options(limit, inverse=False)
         for step in registrar.register(pair, options).curve:
             if "dice" not in step:
                 raise InputError(f"pair of {row['fixed']}: expected labels that show at the policy's voxel size")
             seen.append(step["seen_dice"])
             true.append(step["dice"])
-    if len(seen) < NEAREST:
-        raise InputError(f"calibration: expected at least {NEAREST} steps of registrations, found {len(seen)}")
     judge = Judge(torch.tensor(seen), torch.tensor(true), bears)
     checkpoint = load_checkpoint(ckpt)
     kept = checkpoint if "network" in checkpoint else {"network": checkpoint}

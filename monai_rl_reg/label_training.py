@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
 from monai_rl_reg.atlases import Case, has_any
-from monai_rl_reg.checkpoints import guided_in, intensity_range_in, load_policy, structures_in
+from monai_rl_reg.checkpoints import guided_in, load_policy, setting_in, structures_in
 from monai_rl_reg.engine import scalars
 from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.files import file_stamp
@@ -38,6 +38,9 @@ FINE_TUNING = 0.1
 """Share of the bundle's learning rate for weights that are trained already."""
 MOST_VOXELS = 1_000_000
 """Larger images are trained on with larger voxels: a hundred states of several structures have to fit into memory."""
+KEPT = {"intensity_range": "intensity_range", "similarity": "similarity::_target_", "field_stride": "field_stride"}
+KEPT |= {name: f"network_def::{name}" for name in ("channels", "plan_channels", "action_bound")}
+"""Settings that go on with weights, and their ids in the configuration."""
 MOST_EPOCHS = 1_000_000
 """The minutes end a training."""
 
@@ -186,7 +189,10 @@ def train(
     began = _first_weights(weights, start, root, structures=len(names) if labelled else 0)
     if began is not None:
         values["learning_rate"] = FINE_TUNING * config["learning_rate"]
-        values |= {"guided": guided_in(str(began)), "intensity_range": intensity_range_in(str(began))}
+        values["guided"] = guided_in(str(began))
+        for name, key in KEPT.items():
+            if (setting := setting_in(str(began), name)) is not None:
+                values[key] = setting
     parser.update(values)
     for handler in [*config["train"]["handlers"], *config["validate"]["handlers"]]:
         if isinstance(handler, dict) and handler["_target_"].rpartition(".")[2] in QUIET:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +14,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from monai_rl_reg.anatomy import Anatomy
-from monai_rl_reg.checkpoints import voxel_size_in
+from monai_rl_reg.checkpoints import setting_in, voxel_size_in
 from monai_rl_reg.convolutions import quick_convolutions
 from monai_rl_reg.errors import InputError, bare_input_errors
 from monai_rl_reg.files import file_stamp
@@ -37,22 +35,6 @@ PARTS = ("device", "ckpt", "network", "task", "inferer", "case_transform", "prep
 """Ids that a registration takes from it."""
 WITH_LABELS = "with_labels.json"
 """Laid over ``train.json`` to train a policy that sees structures."""
-
-
-def bundle_folder(name: str) -> str:
-    """Return the folder of the bundle that is run, for its configurations' ``bundle_root``.
-
-    It is that of the first ``--config_file`` on the command line, so that a copy of a bundle uses its own weights, from
-    whatever folder it is run; else the working folder, the ``bundles`` in it, or :data:`BUNDLES`, wherever there is one
-    of this name.
-    """
-    line = " ".join(sys.argv[1:])
-    given = re.search(r"--config_file[= ]+(?:\[\s*)?(['\"]?)(?P<path>.+?\.(?:json|yaml|yml))\1(?=[\s,\]]|$)", line)
-    found = [Path(given["path"]).parent.parent] if given else []
-    for folder in [*found, Path(), Path("bundles") / name, BUNDLES / name]:
-        if (folder / "configs" / "metadata.json").is_file() or (folder in found and (folder / "configs").is_dir()):
-            return str(folder)
-    return "."
 
 
 def policy_files(folder: str | Path | None, ckpt: str | Path | None) -> dict[str, Any]:
@@ -102,6 +84,7 @@ class PolicyBundle:
         judge: tells what Dice to expect, where the checkpoint has one.
         pixdim: voxel size in mm that the configuration resamples to, if it does.
         voxel_size: the one that the policy was trained at, where the checkpoint says so.
+        kept_smoothness: the weight on smoothness of its training, likewise.
         witness: sees structures in the images, by which the judge judges: its own, else the policy's, if it has any.
 
     Args:
@@ -150,7 +133,9 @@ class PolicyBundle:
         kept = None if self.judge is None else self.judge.witness
         self.witness: Anatomy | None = self.anatomy if kept is None else kept
         self.pixdim = parser.get("pixdim")
-        self.voxel_size = voxel_size_in(self.ckpt) if Path(self.ckpt).is_file() else None
+        there = Path(self.ckpt).is_file()
+        self.voxel_size = voxel_size_in(self.ckpt) if there else None
+        self.kept_smoothness: float | None = setting_in(self.ckpt, "smoothness_weight") if there else None
 
     @property
     def steps(self) -> int:
@@ -184,7 +169,11 @@ class PolicyBundle:
         """
         configs = [path for path in self._training() if path.is_file()] or [self.folder / CONFIG]
         # not relaxed: of a refined field the loss has the last word
-        task: Any = self._parser(*configs, anatomy=None, relax=0).get_parsed_content("task").to(self.device).eval()
+        as_trained: dict[str, Any] = {"anatomy": None, "relax": 0}
+        as_trained["field_stride"] = cast(RegistrationTask, self.task).field_stride
+        if self.kept_smoothness is not None:
+            as_trained["smoothness_weight"] = self.kept_smoothness
+        task: Any = self._parser(*configs, **as_trained).get_parsed_content("task").to(self.device).eval()
         task.fold_weight = max(task.fold_weight, FOLD_WEIGHT)
         if self.sees:
             task.dice_weight = task.smoothness_weight = 0.0

@@ -217,7 +217,7 @@ class Registrar:
             given = GivenPair(
                 bundle, pair.fixed, pair.moving, pair.fixed_label, pair.moving_label, by_label=options.by_label
             )
-            initial, kind = initial_transform(given, options.initial)
+            initial, kind = initial_transform(given, options.initial, alone=options.steps == 0)
             working = given.onto_fixed(initial)
         limit = bundle.steps if options.steps is None else options.steps
         total = 2 * bundle.steps if limit == "auto" else int(limit)

@@ -60,9 +60,10 @@ class ReplayBuffer:
             expected, got = tuple(self._ring[key].shape[1:]), tuple(value.shape[1:])
             if expected != got:
                 raise ValueError(f"replay entry {key}: expected shape {expected}, got {got}")
-        rows = (self._next + torch.arange(len(transition.reward))) % self.capacity
+        # of more than fit, the last ones: no row is written twice
+        rows = (self._next + torch.arange(min(len(transition.reward), self.capacity))) % self.capacity
         for key, value in entries.items():
-            self._ring[key][rows] = value.detach().to(self._ring[key])
+            self._ring[key][rows] = value[-len(rows) :].detach().to(self._ring[key])
         self._next = int((self._next + len(rows)) % self.capacity)
         self._size = min(self._size + len(rows), self.capacity)
 

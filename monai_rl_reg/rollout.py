@@ -48,7 +48,7 @@ def rollout(
     Yields:
         the state of the whole batch after the step, and the transition of the episodes that were live in it.
     """
-    batch = task.observe(state).shape[0]
+    batch = len(next(iter(state.values())))
     live: Tensor | None = None  # None: all
     for _ in range(steps):
         current = state if live is None else {key: value[live] for key, value in state.items()}

@@ -42,6 +42,7 @@ def demons_bundle(folder: Path) -> Path:
     path = folder / "configs" / "inference.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["network_def"] = {"_target_": "demons.Demons", "spatial_dims": "@spatial_dims"}
+    config["similarity"]["_target_"] = "monai_rl_reg.similarity.LocalNCC"
     config |= {
         "critic": None,
         "structures": 0,

@@ -19,8 +19,8 @@ from conftest import CONFIGS, ROOT, SMALL, bundle_command, run_bundle
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from monai.data import MetaTensor
 
+from monai_rl_reg.bundle_command import bundle_folder
 from monai_rl_reg.checkpoints import structures_in
-from monai_rl_reg.policy_bundle import bundle_folder
 from monai_rl_reg.resuming import latest_checkpoint
 
 COLUMNS = ["fixed", "moving", "dice_before", "dice", "folded_percent", "sdlogj", "hd95_mm", "seconds"]

@@ -239,3 +239,30 @@ def test_augmented_label_follows_its_image(cohort: Path, tmp_path: Path) -> None
     item, plain = dataset(cases, augment=affine_augmentation())[0], dataset(cases)[0]
     assert (item["label"] != plain["label"]).float().mean() > 0.05
     torch.testing.assert_close(item["image"][:1].as_tensor(), item["label"][:1].as_tensor().float(), rtol=0, atol=1e-3)
+
+
+def test_one_validation_case_makes_no_pair(cohort: Path) -> None:
+    with pytest.raises(InputError, match="expected at least two validation cases, to make pairs of"):
+        split_data(dataset_dir=str(cohort), val_cases=["phantom_001"])
+
+
+def test_validation_cases_as_a_command_line_has_them(cohort: Path) -> None:
+    listed = split_data(dataset_dir=str(cohort), val_cases=["phantom_001", "phantom_004"])
+    assert split_data(dataset_dir=str(cohort), val_cases="phantom_001, phantom_004.nii.gz") == listed
+
+
+def test_labels_called_otherwise_than_their_images_are_not_passed_over(cohort: Path, tmp_path: Path) -> None:
+    (tmp_path / "imagesTr").symlink_to(cohort / "imagesTr")
+    (tmp_path / "labelsTr").mkdir()
+    for label in (cohort / "labelsTr").iterdir():
+        (tmp_path / "labelsTr" / f"label_{label.name}").symlink_to(label)
+    with pytest.raises(InputError, match=r"found label_phantom_000.nii.gz and phantom_000.nii.gz"):
+        read_cases(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[7], 7, [1, 7]])
+def test_labels_that_no_case_has_are_refused(labels: list[int] | int, cohort: Path) -> None:
+    cases = read_cases(cohort)[:2]
+    with pytest.raises(InputError, match="labels: expected values among 1, 2, 3, 4, found 7"):
+        PairDataset(cases, LoadCased(), lambda item: item, labels=labels, progress=False)
+    assert PairDataset(cases, LoadCased(), lambda item: item, labels=2, progress=False).labels == [2]

@@ -83,7 +83,7 @@ def test_a_checkpoint_gets_a_judge_and_a_registration_its_expected_dice(
     command = ["calibrate", "--ckpt", str(ckpt), "--pairs", str(pairs), "--device", "cpu", "--quiet"]
     assert main([*command, "--witness", str(trained_with_labels / "model.pt")]) == 0
     after = load_checkpoint(str(ckpt))
-    assert after.keys() == {"network", "voxel_size", "intensity_range", "critic", "judge"}
+    assert after.keys() == {"network", "voxel_size", "settings", "critic", "judge"}
     kept = after["judge"]["witness"].values()
     assert len({value.data_ptr() for value in kept}) < len(kept), "what a U-Net names twice is kept once"
     assert all(torch.equal(value, before["network"][key]) for key, value in after["network"].items())
@@ -108,7 +108,7 @@ def test_a_policy_that_sees_is_its_own_witness(cohort: Path, trained_with_labels
     ckpt = shutil.copy(trained_with_labels / "model.pt", tmp_path / "model.pt")
     judge = calibrate(write_pairs(tmp_path / "pairs.csv", cohort, 10), str(ckpt), device="cpu")
     assert judge.witness is None
-    keys = {"network", "voxel_size", "intensity_range", "anatomy", "judge", "critic"}
+    keys = {"network", "voxel_size", "settings", "anatomy", "judge", "critic"}
     assert load_checkpoint(str(ckpt)).keys() == keys
     loaded = load_judge(str(ckpt), 3)
     assert loaded is not None

@@ -9,11 +9,12 @@ import torch
 from conftest import SMALL, run_bundle
 from monai.data import MetaTensor
 
-from monai_rl_reg.checkpoints import intensity_range_in, load_checkpoint, voxel_size_in
+from monai_rl_reg.checkpoints import load_checkpoint, setting_in, voxel_size_in
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.geometry import DenseTransform
 from monai_rl_reg.nifti import read_image
 from monai_rl_reg.policy_bundle import PolicyBundle
+from monai_rl_reg.tasks.registration import RegistrationTask
 from monai_rl_reg.working import ANOTHER_SIZE, GivenPair
 
 HERE = torch.eye(4, dtype=torch.float64)
@@ -74,15 +75,25 @@ def test_a_training_keeps_its_voxel_size_in_the_checkpoint(trained: Path) -> Non
     assert checkpoint["voxel_size"] == {"millimetres": found}
 
 
-def test_a_training_keeps_its_range_of_intensities_and_registering_goes_by_it(
+def test_a_training_keeps_its_settings_and_what_uses_its_weights_goes_by_them(
     cohort: Path, images: list[MetaTensor], tmp_path: Path
 ) -> None:
     how = SMALL | {"epoch_length": 1, "output_dir": tmp_path, "intensity_range": "[100,300]"}
+    how |= {"similarity::_target_": "monai_rl_reg.similarity.MIND", "smoothness_weight": 0.3}
+    how |= {"field_stride": 1, "network_def::action_bound": 1.5, "network_def::plan_channels": 24}
     done = run_bundle("training", "train", dataset_dir=cohort, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     ckpt = str(tmp_path / "model.pt")
-    assert intensity_range_in(ckpt) == [100, 300]
-    working = GivenPair(PolicyBundle(ckpt=ckpt, device="cpu"), *images).onto_fixed(HERE)
+    assert setting_in(ckpt, "intensity_range") == [100, 300]
+    assert "Training on 4 cases, 4 of them with labels; validating on 2 pairs" in done.stdout
+    bundle = PolicyBundle(ckpt=ckpt, device="cpu")
+    assert isinstance(bundle.task, RegistrationTask)
+    assert (bundle.similarity.name, bundle.task.field_stride) == ("mind", 1)
+    assert bundle.network.actor.action_bound == 1.5
+    assert bundle.refinement_task.smoothness_weight == 0.3
+    evaluated = run_bundle("evaluating", "train", "evaluate", dataset_dir=cohort, ckpt=ckpt, output_dir=tmp_path / "e")
+    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+    working = GivenPair(bundle, *images).onto_fixed(HERE)
     torch.testing.assert_close(working.image[:1].as_tensor(), ((images[0] - 100) / 200).clamp(0, 1).as_tensor())
 
 

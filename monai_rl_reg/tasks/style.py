@@ -18,6 +18,8 @@ from monai_rl_reg.errors import InputError
 from monai_rl_reg.features import FeatureNetwork
 from monai_rl_reg.tasks.task import Act, State, Task
 
+LEAST_SIZE = 16
+"""Pixels a side that a feature network needs."""
 SETTINGS = ("guided", "content_layer", "content_weight", "style_weight", "variation_weight")
 """What a policy's observation and losses depend on beside the style and the feature network."""
 
@@ -98,9 +100,13 @@ class StyleTask(Task):
 
         Raises:
             ValueError: if it has another shape.
+            InputError: if it is too small for a policy that is guided.
         """
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(image.shape)}")
+        if self.guided and min(image.shape[2:]) < LEAST_SIZE:
+            found = " x ".join(map(str, image.shape[2:]))
+            raise InputError(f"picture: expected at least {LEAST_SIZE} pixels a side, for its features, found {found}")
         image = image.float()
         return {"content": image, "stylised": image}
 

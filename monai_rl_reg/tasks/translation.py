@@ -15,9 +15,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from monai_rl_reg.errors import InputError
 from monai_rl_reg.tasks.task import Act, State, Task
 
 GREY = 0.5
+LEAST_SIZE = 12
+"""Pixels a side that the discriminator needs, and SSIM in validation nearly as many."""
 """What the unknown part of a prediction starts as. A task starts from grey, not noise: randomness is the plan's."""
 
 
@@ -68,12 +71,19 @@ class TranslationTask(Task):
 
         Raises:
             ValueError: if image or label are not of such a shape.
+            InputError: if they are too small for the discriminator.
         """
         if image.ndim != 4:
             raise ValueError(f"expected images of shape (B, C, H, W), got {tuple(image.shape)}")
         if label is not None and label.shape[2:] != image.shape[2:]:
             raise ValueError(f"expected a label of the image's size {tuple(image.shape[2:])}, got {tuple(label.shape)}")
         image = image.float()
+        if label is not None and self.discriminator is not None and min(self.region(image).shape[2:]) < LEAST_SIZE:
+            found = " x ".join(map(str, self.region(image).shape[2:]))
+            raise InputError(
+                f"picture: expected at least {LEAST_SIZE} pixels a side to make, for the discriminator to judge, found "
+                f"{found} (a larger image_size, or hole)"
+            )
         state = {"source": image, "prediction": image.new_full((len(image), 3, *image.shape[2:]), GREY)}
         return state if label is None else state | {"target": label.float()}
 
