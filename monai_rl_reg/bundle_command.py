@@ -14,6 +14,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import run
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.policy_bundle import BUNDLES
@@ -46,7 +47,8 @@ def check_settings() -> None:
         return
     config = ConfigParser.load_config_files(files)
     known = {re.split("::|#", key)[0].lstrip("+") for key in config}
-    known |= set(inspect.signature(run).parameters)
+    tracking: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
+    known |= {*inspect.signature(run).parameters, *tracking}
     for key in _given():
         if (name := re.split("::|#", key)[0]) not in known:
             like = difflib.get_close_matches(name, known, n=1)

@@ -30,6 +30,7 @@ def say(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
         ("--train#dataloader#pin_memory", "true"),
         ("--similarity::window", "5"),
         ("--logging_file", "x"),
+        ("--tracking", "mlflow", "--experiment_name", "x"),
     ],
 )
 def test_settings_that_there_are(
