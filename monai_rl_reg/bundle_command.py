@@ -67,7 +67,8 @@ def _given() -> Iterator[str]:
 
 def _config_files() -> list[str]:
     """Return the configurations that the command line names; none where there is no such command."""
-    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+    arguments = sys.argv[1:]
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, _, value = argument.partition("=")
         if option in ("--config_file", "--config-file"):
             return _listed(value or following)

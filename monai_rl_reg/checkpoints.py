@@ -165,11 +165,13 @@ def voxel_size_in(path: str) -> list[float] | None:
 
 
 def setting_in(path: str, name: str, otherwise: Any = None) -> Any:
-    """Return what a setting of the training was, if the checkpoint says so; else ``otherwise``.
+    """Return what a setting of the training was, if there is a checkpoint that says so; else ``otherwise``.
 
     Raises:
-        InputError: if the file is missing or is no checkpoint.
+        InputError: if the file is no checkpoint.
     """
+    if not Path(path).is_file():  # a configuration is looked at without weights, too
+        return otherwise
     return load_checkpoint(path).get("settings", {}).get(name, otherwise)
 
 

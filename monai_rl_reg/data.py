@@ -162,12 +162,14 @@ def split_data(
     return {"training": kept, "validation": validation}
 
 
-def tell_data(splits: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+def tell_data(splits: Mapping[str, Sequence[Mapping[str, str]]] | None) -> None:
     """Print what is trained on and validated with; of several processes the first one does.
 
     Args:
-        splits: of :func:`split_data`.
+        splits: of :func:`split_data`; None, as of a task that makes its data, says nothing.
     """
+    if splits is None:
+        return
     training, pairs = splits["training"], "fixed" in splits["training"][0]
     labelled = sum(("fixed_label" if pairs else "label") in row for row in training)
     what = f"{len(training)} {'pairs' if pairs else 'cases'}, {labelled} of them with labels"

@@ -133,9 +133,8 @@ class PolicyBundle:
         kept = None if self.judge is None else self.judge.witness
         self.witness: Anatomy | None = self.anatomy if kept is None else kept
         self.pixdim = parser.get("pixdim")
-        there = Path(self.ckpt).is_file()
-        self.voxel_size = voxel_size_in(self.ckpt) if there else None
-        self.kept_smoothness: float | None = setting_in(self.ckpt, "smoothness_weight") if there else None
+        self.voxel_size = voxel_size_in(self.ckpt) if Path(self.ckpt).is_file() else None
+        self.kept_smoothness: float | None = setting_in(self.ckpt, "smoothness_weight")
 
     @property
     def steps(self) -> int:

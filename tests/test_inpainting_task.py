@@ -8,7 +8,7 @@ from monai_rl_reg.errors import InputError
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.rollout import follow
 from monai_rl_reg.tasks.inpainting import InpaintingTask
-from monai_rl_reg.tasks.translation import GREY
+from monai_rl_reg.tasks.translation import GREY, SpectralDiscriminator
 
 HOLE = (slice(None), slice(None), slice(3, 9), slice(4, 12))
 """Where a hole of one half lies in a picture of 12 x 16."""
@@ -116,3 +116,9 @@ def test_wrong_views_and_shapes_are_refused() -> None:
 def test_a_hole_is_a_share(hole: float) -> None:
     with pytest.raises(InputError, match="hole: expected a share above 0 and up to 1"):
         InpaintingTask(hole=hole)
+
+
+def test_a_hole_too_small_for_the_discriminator_is_one_sentence() -> None:
+    task = InpaintingTask(hole=0.25, discriminator=SpectralDiscriminator(), adversarial_weight=0.1)
+    with pytest.raises(InputError, match=r"expected at least 12 pixels a side to be made, .* found 8 x 8"):
+        task.loss(task.reset(torch.rand(2, 3, 32, 32)), torch.zeros(2, 3, 32, 32), lambda observation: observation)

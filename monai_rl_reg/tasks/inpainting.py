@@ -57,7 +57,6 @@ class InpaintingTask(TranslationTask):
 
         Raises:
             ValueError: if the image is not of such a shape.
-            InputError: if the hole is too small for the discriminator.
         """
         state = super().reset(image, image)
         source = state["source"].clone()

@@ -71,19 +71,12 @@ class TranslationTask(Task):
 
         Raises:
             ValueError: if image or label are not of such a shape.
-            InputError: if they are too small for the discriminator.
         """
         if image.ndim != 4:
             raise ValueError(f"expected images of shape (B, C, H, W), got {tuple(image.shape)}")
         if label is not None and label.shape[2:] != image.shape[2:]:
             raise ValueError(f"expected a label of the image's size {tuple(image.shape[2:])}, got {tuple(label.shape)}")
         image = image.float()
-        if label is not None and self.discriminator is not None and min(self.region(image).shape[2:]) < LEAST_SIZE:
-            found = " x ".join(map(str, self.region(image).shape[2:]))
-            raise InputError(
-                f"picture: expected at least {LEAST_SIZE} pixels a side to make, for the discriminator to judge, found "
-                f"{found} (a larger image_size, or hole)"
-            )
         state = {"source": image, "prediction": image.new_full((len(image), 3, *image.shape[2:]), GREY)}
         return state if label is None else state | {"target": label.float()}
 
@@ -150,3 +143,18 @@ class SpectralDiscriminator(PatchDiscriminator):
         for module in list(self.modules()):
             if isinstance(module, nn.Conv2d):
                 parametrizations.spectral_norm(module)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the features of every layer, and last the judgements of patches.
+
+        Raises:
+            InputError: if what it judges is smaller than :data:`LEAST_SIZE`.
+        """
+        if min(x.shape[2:]) < LEAST_SIZE:
+            found = " x ".join(map(str, x.shape[2:]))
+            raise InputError(
+                f"picture: expected at least {LEAST_SIZE} pixels a side to be made, for the discriminator to judge, "
+                f"found {found} (a larger image_size, or hole)"
+            )
+        features: list[Tensor] = super().forward(x)
+        return features
