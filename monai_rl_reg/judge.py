@@ -160,14 +160,15 @@ def calibrate(
             f"checkpoint {ckpt}: expected one that sees structures, or a witness that does (--witness FILE), found none"
         )
     check_writable(Path(os.path.realpath(ckpt)).parent)  # before the work
+    for row in rows:
+        missing = [key for key in ("fixed_label", "moving_label") if not row.get(key)]
+        if missing:
+            raise InputError(f"pair of {row['fixed']}: expected labels of both images, found no {missing[0]}")
     limit = max(policy.steps, LEAST_STEPS)
     if len(rows) * (limit + 1) < NEAREST:
         raise InputError(f"calibration: expected at least {-(-NEAREST // (limit + 1))} pairs, found {len(rows)}")
     seen, true = [], []
     for row in tqdm(rows, desc="calibrating", unit="pair", disable=not progress, dynamic_ncols=True):
-        missing = [key for key in ("fixed_label", "moving_label") if not row.get(key)]
-        if missing:
-            raise InputError(f"pair of {row['fixed']}: expected labels of both images, found no {missing[0]}")
         pair = Pair.read(**{key: row[key] for key in ("fixed", "moving", "fixed_label", "moving_label")})
         options = Options(limit, inverse=False)
         for step in registrar.register(pair, options).curve:
