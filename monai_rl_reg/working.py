@@ -142,16 +142,20 @@ class GivenPair:
         pair: dict[str, Any] = {"initial": initial}
         recognised: dict[int, int] = {}
         for role, case in self.cases.items():
-            affine, box = case["image"].affine, self._box(initial) if role == "moving" else ()
-            images = [case["image"].as_tensor()]
+            box = self._box(initial) if role == "moving" else tuple(slice(0, n) for n in case["image"].shape[1:])
+            there = (slice(None), *box)
+            part = {key: case[key].as_tensor()[there] for key in ("image", "label") if key in case}
+            affine, images = _part_affine(case["image"].affine, box), [part["image"]]
             if self.bundle.anatomy is not None:
                 looked = self._look(role, self.bundle.anatomy, box)
                 if role == "moving" and self.by_label:
-                    recognised = self._recognise(looked, box)
-                    looked = self._labelled(looked, recognised)
+                    recognised = _recognise(looked, part["label"])
+                    looked = looked.clone()
+                    for structure, value in recognised.items():
+                        looked[structure] = (part["label"][0] == value).to(looked)
                 images.append(looked[1:])
             pair[role], pair[f"{role}_file"] = MetaTensor(torch.cat(images), affine=affine), name_of(self.given[role])
-            labels = [case["label"].as_tensor()] if self.labelled else []
+            labels = [part["label"]] if self.labelled else []
             if self.bundle.witness is not None:
                 labels.append(self._look(role, self.bundle.witness, box).argmax(0, keepdim=True).float())
             if labels:
@@ -166,7 +170,7 @@ class GivenPair:
         return WorkingPair(image, label, seen, structures, self.coarsened, recognised)
 
     def _box(self, initial: WorldTransform) -> tuple[slice, ...]:
-        """The part of the moving image where the fixed one lies, and a margin."""
+        """The part of the moving image where the fixed one lies, and a margin: no more of it is looked at, or moved."""
         fixed, moving = (case["image"] for case in self.cases.values())
         d = fixed.ndim - 1
         # an affine leads farthest at the corners, a field wherever it likes
@@ -180,24 +184,8 @@ class GivenPair:
         high = (there.amax(1) + MARGIN).clamp(min=0).minimum(last).long().tolist()
         return tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))
 
-    def _recognise(self, looked: Tensor, box: tuple[slice, ...]) -> dict[int, int]:
-        """Find the structures of :meth:`_look` among the moving label's values, by where they lie: values are free."""
-        label, seen = self.cases["moving"]["label"].as_tensor()[0][box], looked.argmax(0)[box]
-        values, index = torch.unique(label, return_inverse=True)
-        shape = len(values), len(looked)
-        counts = torch.bincount((index * shape[1] + seen).flatten(), minlength=shape[0] * shape[1]).reshape(shape)
-        overlaps = 2 * counts / (counts.sum(0) + counts.sum(1, keepdim=True))
-        same = overlaps >= LEAST_OVERLAP  # over two thirds: of one structure and one value at most
-        return {k: int(values[i]) for i, k in same.nonzero().tolist() if k > 0 and values[i] > 0}
-
-    def _labelled(self, looked: Tensor, recognised: dict[int, int]) -> Tensor:
-        label, known = self.cases["moving"]["label"].as_tensor()[0], looked.clone()
-        for k, value in recognised.items():
-            known[k] = (label == value).to(known)
-        return known
-
     def _look(self, role: str, network: Anatomy, box: tuple[slice, ...]) -> Tensor:
-        """What a network sees in a part of an image, (1 + K, *spatial): background beyond it."""
+        """What a network sees in a part of an image, (1 + K, *part)."""
         key = (role, id(network), str(box))
         if key not in self._looks:
             image, spacing = (self.cases[r]["image"] for r in (role, "fixed"))
@@ -206,12 +194,31 @@ class GivenPair:
             # networks know structures by their size in voxels
             pairs = zip(part.shape[1:], _spacing(image), _spacing(spacing), strict=True)
             size = [max(1, round(n * a / b)) if abs(a / b - 1) > SAME_SPACING else n for n, a, b in pairs]
-            seen = _resized(self.bundle.see(network, _resized(part, size)), part.shape[1:])
-            whole = torch.zeros(len(seen), *image.shape[1:])
-            whole[0] = 1.0
-            whole[there] = seen
-            self._looks[key] = whole
+            self._looks[key] = _resized(self.bundle.see(network, _resized(part, size)), part.shape[1:])
         return self._looks[key]
+
+
+def _recognise(looked: Tensor, label: Tensor) -> dict[int, int]:
+    """Find structures that a network sees, (1 + K, *part), among a label's values, by where they lie: values are free.
+
+    Args:
+        looked: probabilities.
+        label: (1, *part).
+    """
+    values, index = torch.unique(label[0], return_inverse=True)
+    shape = len(values), len(looked)
+    counts = torch.bincount((index * shape[1] + looked.argmax(0)).flatten(), minlength=shape[0] * shape[1])
+    counts = counts.reshape(shape)
+    overlaps = 2 * counts / (counts.sum(0) + counts.sum(1, keepdim=True))
+    same = overlaps >= LEAST_OVERLAP  # over two thirds: of one structure and one value at most
+    return {k: int(values[i]) for i, k in same.nonzero().tolist() if k > 0 and values[i] > 0}
+
+
+def _part_affine(affine: Tensor, box: Sequence[slice]) -> Tensor:
+    """Return the affine (4, 4) of a part of a grid."""
+    part = affine.double().clone()
+    part[:3, 3] += part[:3, : len(box)] @ torch.tensor([float(along.start) for along in box], dtype=torch.float64)
+    return part
 
 
 def _check_overlap(fixed: MetaTensor, moving: MetaTensor, initial: WorldTransform) -> None:
