@@ -81,7 +81,10 @@ def label_names(cases: Sequence[Case], given: str | None = None) -> dict[str, in
     if given:
         try:
             loaded = json.loads(given) if given.lstrip().startswith("{") else None
-            items = loaded.items() if loaded else ((n.strip(), i) for i, n in enumerate(given.split(","), start=1))
+            listed = [name.strip() for name in given.split(",")]
+            if loaded is None and len(set(listed)) < len(listed):
+                raise InputError(f"labels {given}: expected each name once, found one twice")
+            items = loaded.items() if loaded is not None else ((name, i) for i, name in enumerate(listed, start=1))
             names = {str(name): int(value) for name, value in items}
         except (ValueError, TypeError) as error:
             raise InputError(f"labels {given}: expected names and whole numbers in JSON, found {error}") from error

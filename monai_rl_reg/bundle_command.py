@@ -43,7 +43,7 @@ def check_settings() -> None:
         InputError: naming the key, and those that are like it.
     """
     files = _config_files()
-    if not files:
+    if not files or Path(sys.argv[0]).parts[-3:-1] != ("monai", "bundle"):  # another program's command
         return
     config = ConfigParser.load_config_files(files)
     known = {re.split("::|#", key)[0].lstrip("+") for key in config}

@@ -52,7 +52,7 @@ def test_names_made_from_values_mean_these_values_however_a_client_numbers_them(
     assert set(label_names([saved])) == {"label_1", "label_2", "cyst"}
 
 
-@pytest.mark.parametrize("given", ["{", '{"a": "x"}', '{"a": 1, "b": 1}', '{"a": 0}', "a,,b"])
+@pytest.mark.parametrize("given", ["{", '{"a": "x"}', '{"a": 1, "b": 1}', '{"a": 0}', "a,,b", "a,a"])
 def test_names_that_cannot_be_are_refused(given: str) -> None:
     with pytest.raises(InputError, match="labels"):
         label_names([], given)
