@@ -41,9 +41,9 @@ FIGURES: tuple[Figure, ...] = (
     ),
     (
         ("tre_before_mm", "tre_after_mm"),
-        "Landmarks apart (TRE)",
-        "{:.2f} mm",
-        "Mean distance of the landmarks that both images have, before and after the steps.",
+        "Landmarks, mm (TRE)",
+        "{:.2f}",
+        "Mean distance in mm of the landmarks that both images have, before and after the steps.",
     ),
     (("folded_percent",), "Folded voxels", "{:.3g} %", "Where the deformation turns tissue inside out; 0 is right."),
     (("sdlogj",), "Unevenness (SDlogJ)", "{:.3f}", "Spread of the local change of size; less is smoother."),
