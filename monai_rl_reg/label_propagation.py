@@ -39,7 +39,7 @@ class Draft:
         label: (1, *spatial), integers.
         atlases: names of the cases it comes from, the most similar one first.
         correlations: of the image with each of them after the affine step.
-        registrations: of each of them to the image.
+        registration: of the first of them to the image.
         disagreement: of the atlases, see :func:`~monai_rl_reg.fusion.disagreement`; None for one atlas.
         seconds: wall time.
     """
@@ -47,13 +47,13 @@ class Draft:
     label: MetaTensor
     atlases: list[str]
     correlations: list[float]
-    registrations: list[Registration]
+    registration: Registration
     disagreement: float | None
     seconds: float
 
     def figures(self) -> dict[str, Any]:
         """Return the figures as JSON can hold them; similarity and folds are those of the first atlas."""
-        quality = self.registrations[0].quality
+        quality = self.registration.quality
         name = quality["similarity"]
         kept = [f"{name}_before", f"{name}_after", "seen_dice_after", "expected_dice", "expected_dice_range"]
         kept += ["folded_percent", "steps", "by_label", "ckpt", "warnings"]
@@ -68,7 +68,7 @@ class Draft:
         Raises:
             InputError: if the folder cannot be made or written to.
         """
-        self.registrations[0].save(folder, report=report)
+        self.registration.save(folder, report=report)
         files = {"moved": "moved.nii.gz", "displacement": "displacement.nii.gz", "quality": "quality.json"}
         files |= {"report": "report.html"} if report else {}
         return {key: str(Path(folder) / name) for key, name in files.items()}
@@ -80,19 +80,20 @@ class Vote:
 
     Attributes:
         label: (1, *moving), on the atlas's own grid.
-        registration: of the atlas to the image.
+        moved_label: (1, *fixed), there.
+        displacement: (d, *fixed), RAS millimetres, from the image to the atlas.
         weight: (1, *fixed), how alike they are around every voxel.
     """
 
     label: MetaTensor
-    registration: Registration
+    moved_label: Tensor
+    displacement: MetaTensor
     weight: Tensor
 
 
 def fuse_votes(votes: Sequence[Vote]) -> MetaTensor:
     """Return the label with the most votes at every voxel, see :func:`~monai_rl_reg.fusion.fuse`."""
-    fields = [vote.registration.displacement for vote in votes]
-    return fuse([vote.label for vote in votes], fields, [vote.weight for vote in votes])
+    return fuse([v.label for v in votes], [v.displacement for v in votes], [v.weight for v in votes])
 
 
 class LabelPropagation:
@@ -172,20 +173,21 @@ class LabelPropagation:
         started = time.monotonic()
         with self.space.turn:
             chosen = self.choose(image, cases, count, names, atlas=atlas)
-            votes = [self.vote(image, case, names, options) for case, _ in chosen]
-        maps = [
-            vote.registration.moved_label.as_tensor() for vote in votes if vote.registration.moved_label is not None
-        ]
+            vote, registration = self.vote(image, chosen[0][0], names, options)
+            votes = [vote, *(self.vote(image, case, names, options)[0] for case, _ in chosen[1:])]
+        maps = [vote.moved_label for vote in votes]
         return Draft(
             label=fuse_votes(votes),
             atlases=[case.name for case, _ in chosen],
             correlations=[round(correlation, 4) for _, correlation in chosen],
-            registrations=[vote.registration for vote in votes],
+            registration=registration,
             disagreement=disagreement(maps) if len(maps) > 1 else None,
             seconds=time.monotonic() - started,
         )
 
-    def vote(self, image: str, case: Case, names: Mapping[str, int], options: Options | None = None) -> Vote:
+    def vote(
+        self, image: str, case: Case, names: Mapping[str, int], options: Options | None = None
+    ) -> tuple[Vote, Registration]:
         """Register one labelled case to an image; arguments and errors are those of :meth:`draft`."""
         fixed = read_image(image, spatial_dims=None, what="image")
         moving = read_image(case.image, spatial_dims=fixed.ndim - 1, what="atlas")
@@ -199,7 +201,9 @@ class LabelPropagation:
                 how = replace(how, initial=self.space.between(image, case.image))
             how = replace(how, by_label=self.registrar.bundle(fixed.ndim - 1).sees)
             result = self.registrar.register(Pair(fixed, moving, moving_label=label), how)
-        return Vote(label, result, local_similarity(result.moved.as_tensor(), fixed.as_tensor()))
+        assert result.moved_label is not None
+        weight = local_similarity(result.moved.as_tensor(), fixed.as_tensor())
+        return Vote(label, result.moved_label.as_tensor(), result.displacement, weight), result
 
     def doubt(self, image: str, cases: Sequence[Case], names: Mapping[str, int], *, count: int = 3) -> float:
         """Return how unsure the label of an image is, to be compared between images.
@@ -212,6 +216,6 @@ class LabelPropagation:
         """
         alone = len(self.choose(image, cases, 2, names)) == 1 or count == 1
         draft = self.draft(image, cases, names, count=count, options=Options(uncertainty=ROLLOUTS if alone else 0))
-        spread, inside = draft.registrations[0].uncertainty, draft.label.as_tensor() > 0
+        spread, inside = draft.registration.uncertainty, draft.label.as_tensor() > 0
         value = float(spread.as_tensor()[inside].mean()) if spread is not None else draft.disagreement
         return value if value is not None and math.isfinite(value) else LARGEST_DOUBT

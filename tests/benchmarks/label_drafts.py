@@ -60,7 +60,7 @@ def drafts(propagation: LabelPropagation, atlases: list[Case], targets: list[Cas
     found: dict[int, list[float]] = {count: [] for count in COUNTS}
     for target in targets:
         chosen = propagation.choose(target.image, atlases, max(COUNTS), NAMES)
-        votes = [propagation.vote(target.image, case, NAMES) for case, _ in chosen]
+        votes = [propagation.vote(target.image, case, NAMES)[0] for case, _ in chosen]
         for count in COUNTS:
             found[count].append(dice(target, votes[:count]))
     figures = {f"dice_{count}": round(float(np.mean(values)), 4) for count, values in found.items()}
@@ -85,7 +85,7 @@ def curve(propagation: LabelPropagation, cases: list[Case], output: Path) -> Non
 
     @cache
     def vote(target: str, atlas: str) -> Vote:
-        return propagation.vote(by_name[target].image, by_name[atlas], NAMES)
+        return propagation.vote(by_name[target].image, by_name[atlas], NAMES)[0]
 
     def votes(target: str, labelled: list[str]) -> list[Vote]:
         known = [by_name[name] for name in labelled]
@@ -94,8 +94,7 @@ def curve(propagation: LabelPropagation, cases: list[Case], output: Path) -> Non
     def doubt(target: str, labelled: list[str]) -> float:
         if len(labelled) < 2:  # the app takes the uncertainty then
             return propagation.doubt(by_name[target].image, [by_name[name] for name in labelled], NAMES)
-        moved = [v.registration.moved_label for v in votes(target, labelled)]
-        return disagreement([label.as_tensor() for label in moved if label is not None])
+        return disagreement([vote.moved_label for vote in votes(target, labelled)])
 
     curves: dict[str, list[list[float]]] = {"registration_disagreement": [], "random": []}
     for seed in range(SEEDS):
