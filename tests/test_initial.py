@@ -61,6 +61,14 @@ def test_an_alignment_is_taken_where_the_policy_needs_it(
     assert figures.get("given_up") == ("affine" if looked_for and not taken else None)
 
 
+def test_where_no_steps_follow_the_policy_is_not_asked(pair: GivenPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "align", lambda *images, **how: Alignment(THERE, "affine", 0.1, 0.6))
+    monkeypatch.setattr(initial, "_seen_after_trial", None)  # is not called
+    transform, figures = initial_transform(pair, "auto", alone=True)
+    assert torch.equal(transform, THERE)
+    assert figures["kind"] == "affine"
+
+
 def test_what_is_given_is_not_questioned(pair: GivenPair) -> None:
     assert torch.equal(initial_transform(pair, THERE)[0], THERE)
     assert torch.equal(initial_transform(pair, "none")[0], HERE)

@@ -300,8 +300,11 @@ def test_bad_uploads(server: Server, studies: Studies, tmp_path: Path) -> None:
     assert server.get("/datastore/")["total"] == len(studies.truth)
     form = {"params": "{}", "file": tmp_path / "noise.nii.gz"}
     refused(server.request("POST", "/infer/label_propagation?output=json", form=form), 400, "can be read")
-    good = {"params": "{}", "file": studies.folder / f"{next(iter(studies.truth))}.nii.gz"}
+    elsewhere = tmp_path / "elsewhere"
+    params = json.dumps({"image_id": str(elsewhere)})  # a client cannot say where results go
+    good = {"params": params, "file": studies.folder / f"{next(iter(studies.truth))}.nii.gz"}
     assert server.request("POST", "/infer/label_propagation?output=json", form=good)[0] == 200
+    assert not elsewhere.exists()
 
 
 def test_more_labels_a_choice_and_a_score(server: Server, studies: Studies, tmp_path: Path) -> None:
