@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,7 @@ def structures_in(path: str) -> int:
     Raises:
         InputError: if the file is missing or is no checkpoint.
     """
-    return _structures(load_checkpoint(path))
+    return _facts(path).structures
 
 
 def guided_in(path: str) -> bool:
@@ -148,10 +150,7 @@ def guided_in(path: str) -> bool:
     Raises:
         InputError: if the file is missing or is no checkpoint.
     """
-    checkpoint = load_checkpoint(path)
-    weights = part(checkpoint, "network")
-    first = weights.get("planner.levels.0.0.conv.weight") if isinstance(weights, dict) else None
-    return isinstance(first, Tensor) and first.shape[1] > 2 + 2 * _structures(checkpoint)
+    return _facts(path).guided
 
 
 def voxel_size_in(path: str) -> list[float] | None:
@@ -160,8 +159,7 @@ def voxel_size_in(path: str) -> list[float] | None:
     Raises:
         InputError: if the file is missing or is no checkpoint.
     """
-    found: list[float] | None = load_checkpoint(path).get("voxel_size", {}).get("millimetres")
-    return found
+    return _facts(path).voxel_size
 
 
 def setting_in(path: str, name: str, otherwise: Any = None) -> Any:
@@ -172,7 +170,7 @@ def setting_in(path: str, name: str, otherwise: Any = None) -> Any:
     """
     if not Path(path).is_file():  # a configuration is looked at without weights, too
         return otherwise
-    return load_checkpoint(path).get("settings", {}).get(name, otherwise)
+    return _facts(path).settings.get(name, otherwise)
 
 
 def full_name(instance: object) -> str:
@@ -180,6 +178,27 @@ def full_name(instance: object) -> str:
     return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
-def _structures(checkpoint: dict[str, Any]) -> int:
-    anatomy = checkpoint.get("anatomy")
-    return int(anatomy["structures"]) if isinstance(anatomy, dict) and "structures" in anatomy else 0
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint says beside its weights."""
+
+    structures: int
+    guided: bool
+    voxel_size: list[float] | None
+    settings: dict[str, Any]
+
+
+def _facts(path: str) -> _Facts:
+    status = Path(path).stat() if Path(path).is_file() else None
+    return _read_facts(path, None if status is None else (status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=8)  # a configuration asks for a dozen, one by one; the weights are not kept
+def _read_facts(path: str, version: tuple[int, int] | None) -> _Facts:
+    checkpoint = load_checkpoint(path)
+    anatomy, weights = checkpoint.get("anatomy"), part(checkpoint, "network")
+    structures = int(anatomy["structures"]) if isinstance(anatomy, dict) and "structures" in anatomy else 0
+    first = weights.get("planner.levels.0.0.conv.weight") if isinstance(weights, dict) else None
+    guided = isinstance(first, Tensor) and first.shape[1] > 2 + 2 * structures
+    voxel_size = checkpoint.get("voxel_size", {}).get("millimetres")
+    return _Facts(structures, guided, voxel_size, checkpoint.get("settings", {}))

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
     how = command.add_argument_group("how")
     amount = how.add_mutually_exclusive_group()
-    amount.add_argument("--steps", type=_steps, metavar="N", help="number of steps (default: the bundle's)")
+    amount.add_argument("--steps", type=steps, metavar="N", help="number of steps (default: the bundle's)")
     amount.add_argument("--stop", choices=["auto"], help="auto: stop when a step gains too little, or will")
     add = how.add_argument
     add("--refine", type=float, default=0.0, metavar="SECONDS", help="then improve this pair by gradient descent on "
@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _steps(text: str) -> int | str:
+def steps(text: str) -> int | str:
+    """Read a number of steps, or ``auto``."""
     return text if text == "auto" else int(text)  # auto: as from Python
 
 

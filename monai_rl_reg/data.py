@@ -231,7 +231,7 @@ class PairDataset(Dataset[Any]):
 
     Raises:
         InputError: if the two label files of a pair disagree on the values they hold (see :meth:`check_labels`), or
-            no case has one of ``labels``.
+            no case has any of ``labels``.
     """
 
     def __init__(
@@ -265,8 +265,8 @@ class PairDataset(Dataset[Any]):
                 self.check_labels(found)
             there = sorted(set().union(*found))
             self.labels = there if labels is None else [labels] if isinstance(labels, int) else list(labels)
-            if unknown := set(self.labels) - set(there):
-                raise InputError(f"labels: expected values among {_listed(set(there))}, found {_listed(unknown)}")
+            if there and not set(self.labels) & set(there):  # some that no case has are no mistake: they may come
+                raise InputError(f"labels: expected one of {_listed(set(there))}, found {_listed(set(self.labels))}")
 
         self.image_size = image_size
         if image_size == "auto":
