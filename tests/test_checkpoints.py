@@ -13,7 +13,8 @@ from monai.data import DataLoader, Dataset
 from monai.transforms import Compose, RandGaussianNoise
 from monai.utils import set_determinism
 
-from monai_rl_reg.checkpoints import load_checkpoint, load_critic
+from monai_rl_reg import checkpoints
+from monai_rl_reg.checkpoints import load_checkpoint, load_critic, setting_in, structures_in, voxel_size_in
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.networks import TwinCritic
 from monai_rl_reg.policy_bundle import PolicyBundle
@@ -173,3 +174,14 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path: Path) -> None:
     prepare_output(str(folder), resume=True)  # the same process may
     prepare_output(str(folder))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_checkpoint_says_is_read_once_for_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, loads = str(tmp_path / "model.pt"), checkpoints.load_checkpoint, []
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda name: (loads.append(name), real(name))[1])
+    torch.save({"network": {}, "settings": {"hole": 0.5}}, path)
+    found = [setting_in(path, "hole"), setting_in(path, "views", 2), structures_in(path), voxel_size_in(path)]
+    assert (found, len(loads)) == ([0.5, 2, 0, None], 1)
+    torch.save({"network": {}, "settings": {"hole": 0.25, "views": 4}}, path)
+    assert (setting_in(path, "hole"), setting_in(path, "views", 2), len(loads)) == (0.25, 4, 2)
+    assert setting_in(str(tmp_path / "none.pt"), "hole", 1.0) == 1.0
