@@ -12,8 +12,9 @@ import torch
 from monai.data import list_data_collate
 from monai.transforms import Compose, RandAffined
 
-from monai_rl_reg.data import PairDataset, evaluation_pairs, one_pair, read_cases, read_pairs, split_data
+from monai_rl_reg.data import evaluation_pairs, one_pair, read_cases, read_pairs, split_data
 from monai_rl_reg.errors import InputError
+from monai_rl_reg.pair_dataset import PairDataset
 from monai_rl_reg.transforms import LoadCased, MovingToFixedGridd
 
 

@@ -21,9 +21,10 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from monai_rl_reg.checkpoints import load_policy  # noqa: E402
-from monai_rl_reg.data import PairDataset, read_pairs  # noqa: E402
+from monai_rl_reg.data import read_pairs  # noqa: E402
 from monai_rl_reg.geometry import jacobian_determinant  # noqa: E402
 from monai_rl_reg.metrics import mean_label_dice  # noqa: E402
+from monai_rl_reg.pair_dataset import PairDataset  # noqa: E402
 from monai_rl_reg.tasks.registration import RegistrationTask  # noqa: E402
 from monai_rl_reg.transforms import MovingToFixedGridd  # noqa: E402
 

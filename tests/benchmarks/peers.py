@@ -44,8 +44,9 @@ from monai.networks.utils import one_hot  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from monai_rl_reg.checkpoints import load_policy  # noqa: E402
-from monai_rl_reg.data import PairDataset, read_pairs  # noqa: E402
+from monai_rl_reg.data import read_pairs  # noqa: E402
 from monai_rl_reg.metrics import folded_percent, log_jacobian_std, mean_label_dice  # noqa: E402
+from monai_rl_reg.pair_dataset import PairDataset  # noqa: E402
 from monai_rl_reg.policy_bundle import PolicyBundle  # noqa: E402
 from monai_rl_reg.refinement import refine  # noqa: E402
 from monai_rl_reg.transforms import MovingToFixedGridd  # noqa: E402
