@@ -350,3 +350,13 @@ def test_without_a_configuration_on_the_command_line_the_bundle_is_found(
     assert Path(bundle_folder("rl_digits")) == ROOT / "bundles" / "rl_digits"
     monkeypatch.chdir(CONFIGS.parent)
     assert Path(bundle_folder("rl_reg")).resolve() == CONFIGS.parent
+
+
+def test_one_label_alone_is_evaluated(trained: Path, cohort: Path, tmp_path: Path) -> None:
+    how = {"dataset_dir": cohort, "ckpt": trained / "model.pt", "output_dir": tmp_path, "labels": 1, "steps": 1}
+    done = run_bundle("evaluating", "train", "evaluate", **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["dice"] == rows[0]["dice_1"] != ""
+    assert "dice_2" not in rows[0]
