@@ -45,6 +45,7 @@ setup(
         "matplotlib",
         "psutil",
         "pytorch-ignite",
+        "scipy",
         "tensorboard",
         "tqdm",
     ],
