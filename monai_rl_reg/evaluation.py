@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monai.inferers import Inferer
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from monai_rl_reg.errors import InputError
-from monai_rl_reg.inferer import FramewiseInferer, clock
+from monai_rl_reg.inferer import clock
 from monai_rl_reg.networks import PlannerActor
 from monai_rl_reg.pictures import grid, write_picture
 from monai_rl_reg.rollout import follow
@@ -177,7 +178,7 @@ class ClipEvaluation:
         self,
         task: StyleTask,
         clips: Mapping[str, Sequence[Mapping[str, Any]]],
-        models: Mapping[str, tuple[nn.Module | None, Callable[[int], FramewiseInferer]]],
+        models: Mapping[str, tuple[nn.Module | None, Callable[[int], Inferer]]],
         steps: Sequence[int],
         output_dir: str,
         *,
@@ -226,7 +227,7 @@ class ClipEvaluation:
         content: Sequence[Tensor],
         flows: Sequence[tuple[Tensor, Tensor]],
         network: nn.Module,
-        inferer: FramewiseInferer,
+        inferer: Inferer,
     ) -> dict[str, float]:
         stylised, style, closeness = [], [], []
         started = clock(self.device)

@@ -13,7 +13,7 @@ from monai.metrics import PSNRMetric
 from torch import Tensor, nn
 
 from monai_rl_reg.evaluation import ClipEvaluation, StateMetric, StepwiseEvaluation
-from monai_rl_reg.inferer import FramewiseInferer
+from monai_rl_reg.inferer import StepwiseInferer
 from monai_rl_reg.pictures import GAP, read_picture
 from monai_rl_reg.tasks.task import Act, State, Task
 
@@ -209,8 +209,8 @@ def test_clips_are_judged_frame_by_frame(tmp_path: Path) -> None:
     clips = {"still": [{"image": texture}] * 6}
     task: Any = GreyTask()
 
-    def inferer(steps: int) -> FramewiseInferer:
-        return FramewiseInferer(task, steps, carry=())
+    def inferer(steps: int) -> StepwiseInferer:
+        return StepwiseInferer(task, steps)
 
     models: Any = {
         "policy": (Darken(False), inferer),

@@ -349,14 +349,14 @@ def test_video_evaluating_writes_policy_and_control(
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["clip", "model", "steps", "style", "content", "temporal", "seconds_per_frame"]
     found = [(row["clip"], row["model"], row["steps"]) for row in rows]
-    assert found == [("pan", model, steps) for model in ("policy", "control") for steps in ("1", "3")]
+    assert found == [("pan", model, steps) for model in ("policy", "control", "frame by frame") for steps in ("1", "3")]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["clips"] == 1
     for row in rows:
         figures = summary[row["model"]][row["steps"]]
         for name in ("style", "content", "temporal"):
             assert figures[name] == pytest.approx(float(row[name]), rel=1e-4)
-    assert len({row["style"] for row in rows}) == 4
+    assert len({row["style"] for row in rows}) == 6
 
 
 def test_bad_video_is_named(models_of: Any, feature_weights: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from monai_rl_reg.features import FeatureNetwork
 from monai_rl_reg.losses import SoftActorCriticLoss
 from monai_rl_reg.networks import PlannerActor, TwinCritic
-from monai_rl_reg.recurrent import RecurrentPlannerActor, fold, unfold
+from monai_rl_reg.recurrent import RecurrentPlannerActor
 from monai_rl_reg.tasks.style import StyleTask
-from monai_rl_reg.tasks.task import Act
+from monai_rl_reg.tasks.task import Act, State
 from monai_rl_reg.tasks.video_style import VideoStyleTask
 
 models = pytest.importorskip("torchvision.models")
@@ -59,12 +59,6 @@ def picture(batch: int = 2) -> Tensor:
     return 0.3 + 0.4 * torch.rand(batch, 3, *SIZE)
 
 
-def temporal(task: VideoStyleTask, act: Act, image: Tensor) -> float:
-    """The temporal term of a policy's first step."""
-    state = task.reset(image)
-    return float(task.loss(state, act(task.observe(state)), act)["temporal"])
-
-
 def with_memories(image: Tensor, memory: Tensor | None = None) -> Tensor:
     return torch.cat([image, torch.zeros_like(image[:, :2]) if memory is None else memory], 1)
 
@@ -74,15 +68,9 @@ def darken(observation: Tensor) -> Tensor:
     return with_memories(0.2 * (0.5 - observation[:, 3:6]))
 
 
-def flatten(observation: Tensor) -> Tensor:
-    """A policy that makes everything one grey, whatever noise there is."""
-    return with_memories(0.5 - observation[:, 3:6])
-
-
-def shade(observation: Tensor) -> Tensor:
-    """A policy that goes by the place in the picture, thus does not move with what is shown."""
-    ramp = torch.linspace(-0.2, 0.2, observation.shape[3])
-    return with_memories(ramp.expand_as(observation[:, :3]))
+def stay(observation: Tensor) -> Tensor:
+    """A policy that changes nothing."""
+    return with_memories(0 * observation[:, :3])
 
 
 def test_first_state_has_empty_memories() -> None:
@@ -109,6 +97,14 @@ def test_memories_are_what_the_action_wrote_until_the_next_reset() -> None:
     assert not task.observe(task.reset(picture()))[:, 6:].any()
 
 
+def test_a_frame_starts_from_what_the_one_before_has_left() -> None:
+    content, start, memory = picture(), picture(), torch.rand(2, 1, *SIZE)
+    task = VideoStyleTask()
+    state = task.reset(content, start=start, frame_memory=memory)
+    assert torch.equal(task.observe(state), torch.cat([content, start, torch.zeros_like(memory), memory], 1))
+    assert torch.equal(task.output(state), start)
+
+
 def test_step_is_pure_and_hands_untouched_entries_back(features: FeatureNetwork) -> None:
     task = make_task(features)
     state, action = task.reset(torch.rand(2, 3, *SIZE)), torch.rand(2, 5, *SIZE) - 0.5
@@ -132,73 +128,69 @@ def test_reward_and_style_are_those_of_pictures(features: FeatureNetwork) -> Non
     _, reward, terminated = task.step(task.reset(image), action)
     torch.testing.assert_close(reward, single.step(single.reset(image), action[:, :3])[1])
     assert terminated.tolist() == [False, False]
-    terms = task.loss(task.reset(image), action, darken)
-    expected = single.loss(single.reset(image), action[:, :3], darken)
-    assert set(terms) == {*expected, "temporal"}
-    torch.testing.assert_close({name: terms[name] for name in expected}, expected)
 
 
-def test_temporal_loss_of_a_policy_that_moves_with_the_picture_is_zero_without_noise(features: FeatureNetwork) -> None:
-    task = make_task(features, noise=0.0)
-    assert temporal(task, darken, picture()) == pytest.approx(0, abs=1e-4)
-    assert temporal(task, shade, picture()) > 0.01
-
-
-def test_temporal_loss_without_flow_and_noise_is_zero_for_every_policy_without_frame_memory(
-    features: FeatureNetwork,
-) -> None:
-    task = make_task(features, noise=0.0, flow=0.0)
-    assert temporal(task, shade, picture()) == pytest.approx(0, abs=1e-4)
-
-
-def test_temporal_loss_of_a_policy_is_what_it_leaves_of_the_noise(features: FeatureNetwork) -> None:
-    task = make_task(features, noise=0.02, temporal_weight=5.0)
-    mean = 0.02 * math.sqrt(2 / math.pi)
-    assert temporal(task, flatten, picture()) == pytest.approx(0, abs=1e-4)
-    assert temporal(task, darken, picture()) == pytest.approx(5 * 0.8 * mean, rel=0.05)
-    assert temporal(task, lambda x: with_memories(0 * x[:, :3]), picture()) == pytest.approx(5 * mean, rel=0.05)
-
-
-def test_next_frame_of_the_temporal_loss_is_the_moved_one_with_the_frame_memory_just_written(
-    features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = make_task(features, noise=0.0)
-    flow = task.random_flow(picture())
+def next_frames(
+    task: VideoStyleTask, act: Act, monkeypatch: pytest.MonkeyPatch, flow: Tensor
+) -> tuple[dict[str, Tensor], State, Tensor]:
+    """The loss of a step with this flow to the next frame, the state after it, and what the policy saw there."""
     monkeypatch.setattr(task, "random_flow", lambda image: flow)
     state = task.advance(task.reset(picture()), 0.1 * torch.rand(2, 5, *SIZE))
     action = 0.1 * torch.rand(2, 5, *SIZE)
     seen: list[Tensor] = []
 
-    def act(observation: Tensor) -> Tensor:
+    def watched(observation: Tensor) -> Tensor:
         seen.append(observation)
-        return darken(observation)
+        return act(observation)
 
-    task.loss(state, action, act)
-    warp = Warp("bilinear", "border")
+    terms = task.loss(state, action, watched)
     (observation,) = seen
-    torch.testing.assert_close(observation[:, :3], warp(state["content"], flow))
-    torch.testing.assert_close(observation[:, 3:6], warp(state["stylised"], flow))
-    assert torch.equal(observation[:, 7:], action[:, 4:])
-    assert not torch.equal(observation[:, 6:7], state["step_memory"])
+    return terms, task.advance(state, action), observation
 
 
-def test_step_memory_moves_with_the_picture(features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a flow of 8 pixels, which are 2 of the memory's."""
+def test_next_frame_starts_with_what_this_one_was_changed_by_and_the_frame_memory_just_written(
+    features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(features, noise=0.05)
+    flow = task.random_flow(picture())
+    _, after, observation = next_frames(task, stay, monkeypatch, flow)
+    warp = Warp("bicubic", "border")
+    noise = observation[:, :3] - warp(after["content"], flow)
+    assert float(noise.std()) == pytest.approx(0.05, rel=0.05)
+    expected = observation[:, :3] + warp(after["stylised"] - after["content"], flow)
+    torch.testing.assert_close(observation[:, 3:6], expected, rtol=1e-4, atol=1e-5)
+    assert not observation[:, 6:7].any()
+    assert torch.equal(observation[:, 7:], after["frame_memory"])
+
+
+def test_temporal_loss_is_what_differs_beyond_the_flow(
+    features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = VideoStyleTask(flow=2.0).random_flow(picture())
+    task = make_task(features, temporal_weight=5.0, noise=0.0)
+    assert float(next_frames(task, stay, monkeypatch, flow)[0]["temporal"]) == pytest.approx(0, abs=1e-4)
+    terms, after, _ = next_frames(task, darken, monkeypatch, flow)
+    expected = 5 * (0.2 * (0.5 - Warp("bicubic", "border")(after["stylised"], flow))).abs().mean()
+    torch.testing.assert_close(terms["temporal"], expected, rtol=1e-3, atol=1e-5)
+    task = make_task(features, temporal_weight=5.0, noise=0.02)
+    noisy = next_frames(task, stay, monkeypatch, flow)[0]["temporal"]
+    assert float(noisy) == pytest.approx(5 * 0.02 * math.sqrt(2 / math.pi), rel=0.05), "what a step leaves of the noise"
+
+
+def test_terms_of_pictures_are_the_means_over_both_frames(
+    features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = make_task(features, noise=0.0)
-    flow = torch.zeros(2, 2, *SIZE)
-    flow[:, 1] = 8
-    monkeypatch.setattr(task, "random_flow", lambda image: flow)
-    state = task.advance(task.reset(picture()), 0.1 * torch.rand(2, 5, *SIZE))
-    seen: list[Tensor] = []
-
-    def act(observation: Tensor) -> Tensor:
-        seen.append(observation)
-        return darken(observation)
-
-    task.loss(state, torch.zeros(2, 5, *SIZE), act)
-    memory = unfold(state["step_memory"])
-    moved = torch.cat([memory[..., 2:], memory[..., -1:], memory[..., -1:]], -1)
-    torch.testing.assert_close(seen[0][:, 6:7], fold(moved), rtol=1e-4, atol=1e-5)
+    still = torch.zeros(2, 2, *SIZE)
+    terms, after, _ = next_frames(task, stay, monkeypatch, still)
+    here = task.losses(after)
+    assert set(terms) == {*here, "temporal"}
+    for name, value in here.items():  # the same frame twice
+        torch.testing.assert_close(terms[name], value, rtol=1e-3, atol=1e-5)
+    terms, after, observation = next_frames(task, darken, monkeypatch, still)
+    changed = task.advance(after, darken(observation))
+    for name, value in task.losses(after).items():
+        torch.testing.assert_close(terms[name], (value + task.losses(changed)[name]) / 2, rtol=1e-3, atol=1e-5)
 
 
 def test_random_flow_is_smooth_and_of_the_size_asked_for() -> None:

@@ -95,8 +95,13 @@ class StyleTask(Task):
         """Take on the style that the Gram matrices beside it are of; the weights stay those of the configuration."""
         self.style = state["style"]
 
-    def reset(self, image: Tensor, label: Tensor | None = None) -> State:
-        """Start from the content image (B, 3, H, W) in [0, 1].
+    def reset(self, image: Tensor, label: Tensor | None = None, *, start: Tensor | None = None) -> State:
+        """Start from the content image (B, 3, H, W) in [0, 1], or from what it has become already.
+
+        Args:
+            image: the content.
+            label: there is none.
+            start: (B, 3, H, W) in [0, 1]; None starts from the content.
 
         Raises:
             ValueError: if it has another shape.
@@ -108,7 +113,7 @@ class StyleTask(Task):
             found = " x ".join(map(str, image.shape[2:]))
             raise InputError(f"picture: expected at least {LEAST_SIZE} pixels a side, for its features, found {found}")
         image = image.float()
-        return {"content": image, "stylised": image}
+        return {"content": image, "stylised": image if start is None else start.float()}
 
     def observe(self, state: State) -> Tensor:
         """Return (content, stylised so far), (B, 6, H, W), and if ``guided`` the pull, (B, 9, H, W)."""

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from monai_rl_reg.errors import InputError
 from monai_rl_reg.features import FeatureNetwork
-from monai_rl_reg.recurrent import fold, unfold
 from monai_rl_reg.tasks.style import StyleTask
 from monai_rl_reg.tasks.task import Act, State
 from monai_rl_reg.warping import Warp
@@ -27,12 +26,14 @@ class VideoStyleTask(StyleTask):
     remember it writes, and reads again with the next step. The step memory starts empty with every frame; the frame
     memory is carried on from the last step of one frame to the first of the next.
 
-    The task loss adds the compound temporal loss: the frame is warped by a random smooth flow and gets noise, as if
-    it were the next frame, and the two results have to differ by the flow alone::
+    A frame after the first starts with what the style has changed in the one before, carried along the optical flow.
+    The task loss teaches that on single pictures, without a video: the content is carried along a random smooth flow
+    and gets noise, as if it were the next frame, there the policy takes one step more, and the two results have to
+    differ by the flow alone. The terms of image style transfer are the means over both frames::
 
-        temporal = temporal_weight * mean |warp(styled(frame), flow) - styled(warp(frame, flow) + noise)|
-
-    so that single pictures teach it, without a video.
+        next     = warp(content, flow) + noise
+        start    = next + warp(stylised - content, flow)
+        temporal = temporal_weight * mean |step(start; next) - warp(stylised, flow)|
 
     Args:
         features, style, kwargs: as in :class:`~monai_rl_reg.tasks.style.StyleTask`.
@@ -57,23 +58,36 @@ class VideoStyleTask(StyleTask):
         self.temporal_weight = temporal_weight
         self.flow = flow
         self.noise = noise
-        self.warp = Warp("bilinear", "border")
+        self.warp = Warp("bicubic", "border")  # bilinear blurs a little more with every frame
 
-    def reset(self, image: Tensor, label: Tensor | None = None) -> State:
-        """Start from the content image (B, 3, H, W) with empty memories.
+    def reset(
+        self,
+        image: Tensor,
+        label: Tensor | None = None,
+        *,
+        start: Tensor | None = None,
+        frame_memory: Tensor | None = None,
+    ) -> State:
+        """Start as in image style transfer, with an empty step memory.
+
+        Args:
+            image: the content, (B, 3, H, W) in [0, 1].
+            label: there is none.
+            start: (B, 3, H, W) in [0, 1]; None starts from the content.
+            frame_memory: (B, 1, H, W), what the frame before has left; None starts with an empty one.
 
         Raises:
-            ValueError: if it has another shape.
+            ValueError: if the image has another shape.
             InputError: if H or W is no multiple of 4.
         """
-        state = super().reset(image, label)
+        state = super().reset(image, label, start=start)
         if image.shape[2] % 4 or image.shape[3] % 4:
             size = " x ".join(map(str, image.shape[2:]))
             raise InputError(
                 f"frames: expected sizes that are multiples of 4 (crop_size, image_size), found height x width {size}"
             )
         empty = torch.zeros_like(state["content"][:, :1])
-        return state | {"step_memory": empty, "frame_memory": empty}
+        return state | {"step_memory": empty, "frame_memory": empty if frame_memory is None else frame_memory}
 
     def observe(self, state: State) -> Tensor:
         """Return (content, stylised so far, step memory, frame memory), (B, 8, H, W), with ``guided`` the pull before
@@ -87,19 +101,17 @@ class VideoStyleTask(StyleTask):
         return super().advance(state, action[:, :3]) | memories
 
     def loss(self, state: State, action: Tensor, act: Act) -> dict[str, Tensor]:
-        """Return the terms of image style transfer and the compound temporal loss."""
+        """Return the terms of image style transfer, after this step and the next frame's, and the temporal loss."""
         after = self.advance(state, action)
         flow = self.random_flow(state["content"])
-        noise = self.noise * torch.randn_like(state["content"])  # one for both: a frame starts as its own content
-        moved = state | {
-            "content": self.warp(state["content"], flow) + noise,
-            "stylised": self.warp(state["stylised"], flow) + noise,
-            "step_memory": fold(self.warp(unfold(state["step_memory"]), F.avg_pool2d(flow, 4) / 4)),
-            "frame_memory": after["frame_memory"],  # what the frame before has left
-        }
-        moved = self.advance(moved, act(self.observe(moved)))
-        difference = self.warp(after["stylised"], flow) - moved["stylised"]
-        return self.losses(after) | {"temporal": self.temporal_weight * difference.abs().mean()}
+        frame = self.warp(state["content"], flow) + self.noise * torch.randn_like(state["content"])
+        start = frame + self.warp(after["stylised"] - state["content"], flow)
+        following = self.reset(frame.clamp(0, 1), start=start.clamp(0, 1), frame_memory=after["frame_memory"])
+        following = self.advance(following, act(self.observe(following)))
+        here, there = self.losses(after), self.losses(following)
+        difference = following["stylised"] - self.warp(after["stylised"], flow)
+        terms = {name: (here[name] + there[name]) / 2 for name in here}
+        return terms | {"temporal": self.temporal_weight * difference.abs().mean()}
 
     def random_flow(self, image: Tensor) -> Tensor:
         """Return a random smooth flow (B, 2, H, W) in pixels for images of this shape."""
