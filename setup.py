@@ -49,5 +49,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"images": images, "style": images, "label": label, "test": test, "docs": docs},
+    extras_require={"images": images, "label": label, "test": test, "docs": docs},
 )
