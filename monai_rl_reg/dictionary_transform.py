@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import ImageMetaKey, ensure_tuple_rep
+from monai.utils import ImageMetaKey, ensure_tuple
 
 from monai_rl_reg.registration import Registrar
 from monai_rl_reg.request import Options, Pair
@@ -31,11 +32,15 @@ class Registerd(MapTransform):
         fixed: key of the fixed image.
         labels: for each of the keys that of a label map on its image's grid, or None; None for no labels at all.
         fixed_label: key of a label map on the fixed image's grid, to measure Dice with.
-        options: how; by default as :func:`~monai_rl_reg.registration.register` does, without the inverse.
+        options: how; by default as :func:`~monai_rl_reg.registration.register` does. There is neither an inverse nor
+            an uncertainty.
         bundle: folder of the bundle; by default the package's ``rl_reg``.
         ckpt: weights; by default the bundle's own.
         device: where to compute, for example ``cpu`` or ``cuda:0``; by default the bundle's choice.
         allow_missing_keys: leave out moving images that are not there.
+
+    Raises:
+        ValueError: if there are other numbers of keys and labels.
     """
 
     def __init__(
@@ -53,9 +58,11 @@ class Registerd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.fixed = fixed
-        self.labels: tuple[Any, ...] = ensure_tuple_rep(labels, len(self.keys))
+        self.labels: tuple[Any, ...] = (None,) * len(self.keys) if labels is None else ensure_tuple(labels)
+        if len(self.labels) != len(self.keys):
+            raise ValueError(f"expected a label, or None, for each of {self.keys}, got {self.labels}")
         self.fixed_label = fixed_label
-        self.options = options or Options(inverse=False)
+        self.options = replace(options or Options(), inverse=False, uncertainty=0)
         self.registrar = Registrar(bundle=bundle, ckpt=ckpt, device=device)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -90,6 +97,7 @@ def _on_grid(fixed: Any, volume: MetaTensor, given: Any) -> MetaTensor:
     """Return a volume as MONAI has the fixed image: with what was done to its grid, so that this can be undone."""
     if isinstance(fixed, MetaTensor):
         volume = MetaTensor(volume.as_tensor().to(fixed.device)).copy_meta_from(fixed)
+        volume.meta.pop(ImageMetaKey.FILENAME_OR_OBJ, None)
     name = given.meta.get(ImageMetaKey.FILENAME_OR_OBJ) if isinstance(given, MetaTensor) else given
     if isinstance(name, str | Path):
         volume.meta[ImageMetaKey.FILENAME_OR_OBJ] = str(name)

@@ -20,9 +20,11 @@ from monai_rl_reg.tasks.task import State, Task
 from monai_rl_reg.video import flows_between
 from monai_rl_reg.warping import Warp
 
+SAME_COLOUR = 0.1
+"""Most that a colour changes from one frame to the next, along the flow, unless something else is shown."""
 SAME_SHOT = 0.3
-"""Share of a frame where the flow holds from one frame to the next, unless there is a cut between them: seen from 0.46
-up within the clips of DAVIS, and up to 0.03 from one clip to another."""
+"""Share of a frame where the flow holds and colours stay, unless there is a cut: from 0.44 up within the clips of
+DAVIS, up to 0.01 from one to another, and up to 0.12 from black or white, where any flow holds."""
 
 
 def half_pays(device: str | torch.device) -> bool:
@@ -124,7 +126,7 @@ class FramewiseInferer(Inferer):
         start = frame + holds * warp(result before - frame before, flow)
 
     so that few steps are left to take, and what moves keeps what it was given. At a cut, where the flow hardly holds
-    anywhere, the next frame is a first one.
+    anywhere or leads to other colours, the next frame is a first one, and so is one of another size.
 
     Frames of any size are padded to a multiple of :data:`~monai_rl_reg.recurrent.FOLD` inside.
 
@@ -155,8 +157,15 @@ class FramewiseInferer(Inferer):
         self.before: tuple[Tensor, Tensor] | None = None  # the last frame and its result
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Return the output for the next frame, (1, 3, H, W); H and W are at least 12."""
+        """Return the output for the next frame, (1, 3, H, W).
+
+        Raises:
+            ValueError: if it is a batch of several.
+            InputError: if H or W is below 12, which the optical flow needs.
+        """
         frame = convert_to_tensor(inputs, track_meta=False)
+        if len(frame) != 1:
+            raise ValueError(f"expected one frame at a time, got {len(frame)}")
         height, width = frame.shape[2:]
         pads = [0, -width % FOLD, 0, -height % FOLD]
         padded, start = F.pad(frame, pads, mode="replicate"), self._start(frame)
@@ -173,10 +182,11 @@ class FramewiseInferer(Inferer):
 
     def _start(self, frame: Tensor) -> Tensor | None:
         """What a frame starts from; None if it is a first one."""
-        if self.before is None:
+        if self.before is None or self.before[0].shape != frame.shape:
             return None
         frame_before, result_before = self.before
         flow, holds = (x[None].to(frame.device) for x in flows_between([frame_before[0], frame[0]])[0])
-        if holds.float().mean() < SAME_SHOT:
+        stays = (self.warp(frame_before, flow) - frame).abs().mean(1, keepdim=True) < SAME_COLOUR
+        if (holds & stays).float().mean() < SAME_SHOT:
             return None
         return (frame + holds * self.warp(result_before - frame_before, flow)).clamp(0, 1)

@@ -94,6 +94,21 @@ def test_several_images_move_to_one_and_may_be_missing(settings: dict[str, Any],
     }
 
 
+def test_an_image_without_a_name_does_not_take_the_fixed_ones(settings: dict[str, Any], files: dict[str, str]) -> None:
+    loaded = LoadImaged(KEYS, ensure_channel_first=True)(files)
+    loaded["moving"].meta.pop("filename_or_obj")
+    data = Registerd(**settings)(loaded)
+    assert "filename_or_obj" not in data["moving"].meta
+    assert data["moving_label"].meta["filename_or_obj"] == files["moving_label"]
+
+
+def test_every_image_has_a_label_of_its_own(settings: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"a label, or None, for each of \('moving', 'other'\), got \('moving_label',\)"
+    ):
+        Registerd(**{**settings, "keys": ("moving", "other")})
+
+
 def test_what_is_wrong_is_said(settings: dict[str, Any], files: dict[str, str]) -> None:
     with pytest.raises(InputError, match=r"moving image gone\.nii\.gz: expected a file, found none"):
         Registerd(**settings)(files | {"moving": "gone.nii.gz"})

@@ -29,7 +29,8 @@ class VideoStyleTask(StyleTask):
     A frame after the first starts with what the style has changed in the one before, carried along the optical flow.
     The task loss teaches that on single pictures, without a video: the content is carried along a random smooth flow
     and gets noise, as if it were the next frame, there the policy takes one step more, and the two results have to
-    differ by the flow alone. The terms of image style transfer are the means over both frames::
+    differ by the flow alone. The terms of image style transfer are the means over both frames; ``next`` and ``start``
+    stay in [0, 1]::
 
         next     = warp(content, flow) + noise
         start    = next + warp(stylised - content, flow)
