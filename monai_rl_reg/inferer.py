@@ -20,6 +20,8 @@ from monai_rl_reg.tasks.task import State, Task
 from monai_rl_reg.video import flows_between
 from monai_rl_reg.warping import Warp
 
+KEPT = 0.95
+"""Share of what is carried to the next frame: with all of it strokes heap up, and after 100 frames hide the picture."""
 SAME_COLOUR = 0.1
 """Most that a colour changes from one frame to the next, along the flow, unless something else is shown."""
 SAME_SHOT = 0.3
@@ -123,10 +125,11 @@ class FramewiseInferer(Inferer):
     along the optical flow, and as itself where the flow does not hold (after Ruder et al., Artistic style transfer for
     videos, arXiv 1604.08610, who carry the result itself; over many frames that loses what is shown)::
 
-        start = frame + holds * warp(result before - frame before, flow)
+        start = frame + 0.95 * holds * warp(result before - frame before, flow)
 
-    so that few steps are left to take, and what moves keeps what it was given. At a cut, where the flow hardly holds
-    anywhere or leads to other colours, the next frame is a first one, and so is one of another size.
+    so that few steps are left to take, and what moves keeps what it was given; what was carried wrongly fades. At a
+    cut, where the flow hardly holds anywhere or leads to other colours, the next frame is a first one, and so is one of
+    another size.
 
     Frames of any size are padded to a multiple of :data:`~monai_rl_reg.recurrent.FOLD` inside.
 
@@ -189,4 +192,4 @@ class FramewiseInferer(Inferer):
         stays = (self.warp(frame_before, flow) - frame).abs().mean(1, keepdim=True) < SAME_COLOUR
         if (holds & stays).float().mean() < SAME_SHOT:
             return None
-        return (frame + holds * self.warp(result_before - frame_before, flow)).clamp(0, 1)
+        return (frame + KEPT * holds * self.warp(result_before - frame_before, flow)).clamp(0, 1)
