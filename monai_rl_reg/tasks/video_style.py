@@ -26,7 +26,8 @@ class VideoStyleTask(StyleTask):
     remember it writes, and reads again with the next step. The step memory starts empty with every frame; the frame
     memory is carried on from the last step of one frame to the first of the next.
 
-    A frame after the first starts with what the style has changed in the one before, carried along the optical flow.
+    A frame after the first starts with what the style has changed in the one before, carried along the optical flow
+    (of which :class:`~monai_rl_reg.inferer.FramewiseInferer` lets a twentieth fade).
     The task loss teaches that on single pictures, without a video: the content is carried along a random smooth flow
     and gets noise, as if it were the next frame, there the policy takes one step more, and the two results have to
     differ by the flow alone. The terms of image style transfer are the means over both frames; ``next`` and ``start``
